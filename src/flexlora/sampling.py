@@ -1,0 +1,18 @@
+"""Participation: the clients of a round, from (seed, round) alone, so that resume needs no generator state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from flexlora.randomness import derive
+
+
+def participants(clients: Sequence[int], participation: float, *, seed: int, round: int, attempt: int = 0) -> list[int]:
+    """⌊participation · N⌋ clients, at least one, drawn without replacement; in ascending order.
+
+    `attempt` counts repetitions of the round after too few clients answered: each draws anew.
+    """
+    count = min(len(clients), max(1, int(participation * len(clients) + 1e-9)))
+    purpose = ("sampling", round) if not attempt else ("sampling", round, attempt)
+    return sorted(random.Random(derive(seed, *purpose)).sample(sorted(clients), count))
