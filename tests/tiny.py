@@ -56,7 +56,8 @@ def tiny_model(folder: str | Path, seed: int = 0, **sizes: int) -> Path:
         "initializer_range": 0.2,  # large enough that attention and adapters matter
         "tie_word_embeddings": True,
     }
-    config = LlamaConfig(**(fields | sizes))
+    fields.update(sizes)
+    config = LlamaConfig(**fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
