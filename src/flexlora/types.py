@@ -39,7 +39,7 @@ class Sparse(NamedTuple):
 
     values: Tensor
     """(k,)"""
-    index: Tensor
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]
     """(k,) int64, a prefix of one permutation per (seed, module); derived on both sides, it never travels."""
     shape: tuple[int, int]
     """(d_out, d_in)"""
@@ -164,11 +164,11 @@ class TrainTask:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """Validation where the data are: loss of the global model on a client's own eval sample."""
+    """Validation where the data are: loss on a client's own eval examples, of the global model or of what the client gets."""
 
     round: int
     client: int
-    adapter: Mapping[str, LowRank]
+    download: Download
     examples: int
     """At most that many of the client's eval examples."""
 

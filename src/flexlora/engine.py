@@ -1,0 +1,255 @@
+"""The only round loop: distribute, train at the clients, aggregate, validate, save; again.
+
+The engine owns rounds, participation, the rank table, aggregation, early stop, checkpoints and the log. It knows no
+model library and no transport: clients train behind a `Runner`, scores come from a `Scorer`.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from flexlora import guard, lowrank, ranks, rundir, sampling, wire
+from flexlora.checkpoint import remove_checkpoints, replace_folder, write_checkpoint
+from flexlora.collection import Notify, RoundLog, Stopwatch, accept, in_client_order, timed
+from flexlora.config import Config
+from flexlora.randomness import derive
+from flexlora.rundir import Run
+from flexlora.standing import Setup, Standing, energy_beyond
+from flexlora.types import (
+    Adapter,
+    ClientFailure,
+    ClientInfo,
+    ClientRule,
+    ClientScore,
+    ClientUpdate,
+    Download,
+    EvalTask,
+    FlexLoraError,
+    LowRank,
+    Method,
+    Ranks,
+    TrainTask,
+)
+
+ATTEMPTS = 3
+"""How often a round is tried, with other clients each time, before the run stops."""
+
+EVAL_PER_CLIENT = 8
+"""Eval examples of one client where validation is the clients' own."""
+
+
+class Runner(Protocol):
+    """Does the work that it is given, wherever the clients are."""
+
+    def clients(self) -> Mapping[int, ClientInfo]:
+        """Who could take part now; it may grow while the run goes on."""
+        ...
+
+    def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        """Every task's result, in any order, as they come."""
+        ...
+
+    def evaluate(self, round: int, tasks: Sequence[EvalTask]) -> Iterator[ClientScore | ClientFailure]:
+        """Scores where the data stay with the clients."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def run_rounds(setup: Setup, runner: Runner, run: Run, standing: Standing, notify: Notify) -> Run:
+    """Play rounds until the last one, an early stop, or too few answers. The caller holds the run folder.
+
+    Raises FlexLoraError where too few clients answer; the state of the last finished round is saved then.
+    """
+    config, method = setup.config, setup.method
+    while standing.round < config.rounds and not standing.stopped:
+        number = standing.round + 1
+        watch = Stopwatch()
+        begin = time.perf_counter()
+        standing, line = play_round(setup, runner, run, standing, watch, notify)
+        with watch("eval"):
+            adapter = global_adapter(method, standing.state, ranks.largest(standing.table.values()))
+            line["validation"] = dict(validate(setup, runner, standing, adapter))
+            standing = judge_round(config, standing, line["validation"])
+            last = number == config.rounds or standing.stopped is not None
+            due = config.eval_every > 0 and (last or number % config.eval_every == 0)
+            line["eval"] = dict(evaluate(setup, standing, adapter)) if due else {}
+        standing = replace(standing, energy=energy_beyond(method, standing.state, standing.table))
+        line["energy"] = dict(standing.energy)
+        line["stopped"] = standing.stopped
+        if standing.best_round == number and not method.personal:
+            save_adapter(setup, run, adapter, line)
+        seconds = {k: watch.seconds.get(k, 0.0) for k in ("train", "aggregate", "distribute", "eval")}
+        line["seconds"] = {**seconds, "other": time.perf_counter() - begin - sum(seconds.values())}
+        rundir.append_metrics(run.folder, line)
+        write_checkpoint(run.checkpoints, number, standing.state, standing.progress(setup))
+        keep = {number, number - 1, standing.best_round or number}
+        remove_checkpoints(run.checkpoints, keep)
+        notify("saved", {"round": number, "line": line})
+    notify("stop", {"round": standing.round, "reason": standing.stopped or "last round", "folder": run.folder})
+    return run
+
+
+def play_round(
+    setup: Setup, runner: Runner, run: Run, standing: Standing, watch: Stopwatch, notify: Notify
+) -> tuple[Standing, dict[str, Any]]:
+    """One round without its scores: the new standing and the beginning of its line in metrics.jsonl."""
+    config, method, number = setup.config, setup.method, standing.round + 1
+    log = RoundLog({})
+    for attempt in range(ATTEMPTS):
+        clients = sampling.participants(
+            sorted(set(standing.table) & set(runner.clients())),
+            config.participation,
+            seed=config.seed,
+            round=number,
+            attempt=attempt,
+        )
+        with watch("distribute"):
+            tasks = [
+                TrainTask(
+                    number,
+                    client,
+                    standing.table[client],
+                    download,
+                    config.local_training(number, setup.template),
+                    derive(config.seed, "train", number, client),
+                )
+                for client, download in downloads(setup, standing, clients)
+            ]
+        notify("round", {"round": number, "rounds": config.rounds, "clients": clients, "attempt": attempt})
+        log = RoundLog(standing.energy)
+        results = timed(runner.train(number, tasks), watch, "train")
+        arrivals = in_client_order(results, tasks, run.folder / ".early")
+        with watch("aggregate"):
+            state = aggregate(
+                method, standing, accept(arrivals, tasks, log, standing.norms, config.max_examples, notify)
+            )
+        # Training happens while aggregate asks for the next update.
+        watch.seconds["aggregate"] -= watch.seconds.pop("train_inside", 0.0)
+        needed = min(config.min_clients, len(clients))
+        if state is not None and len(log.accepted) >= needed:
+            table = {**standing.table, **log.ranks}
+            norms = (*standing.norms, *log.norms)[-guard.MEMORY :]
+            line = {"round": number, **log.line(), "attempt": attempt}
+            return replace(standing, round=number, state=state, table=table, norms=norms), line
+        notify(
+            "note", {"text": f"round {number}: {len(log.accepted)} of {len(clients)} clients answered, {needed} needed"}
+        )
+    raise FlexLoraError(
+        f"round {number}: too few clients answered in {ATTEMPTS} attempts ({'; '.join(log.reasons()) or 'no answer'}); "
+        f"the state of round {standing.round} is saved: mend that, then `flexlora resume {run.folder}`"
+    )
+
+
+def downloads(setup: Setup, standing: Standing, clients: Sequence[int]) -> Iterator[tuple[int, Download]]:
+    """What each client gets: one call of `distribute` for each distinct ranks, cast as it will travel."""
+    made: dict[tuple[tuple[str, int], ...], Download] = {}
+    dtype = getattr(torch, setup.config.wire_dtype)
+    for client in clients:
+        mine = tuple(standing.table[client].items())
+        if mine not in made:
+            download = setup.method.distribute(standing.state, standing.table[client])
+            base_delta = {m: x for m, x in wire.cast(download.base_delta, dtype).items() if isinstance(x, LowRank)}
+            made[mine] = replace(download, adapter=wire.cast(download.adapter, dtype), base_delta=base_delta)
+        yield client, made[mine]
+
+
+def aggregate(method: Method, standing: Standing, updates: Iterator[ClientUpdate]) -> Any | None:
+    """The next state, or None where no update came."""
+    first = next(updates, None)
+    if first is None:
+        return None
+
+    def chained() -> Iterator[ClientUpdate]:
+        yield first
+        yield from updates
+
+    return method.aggregate(standing.state, chained())
+
+
+def global_adapter(method: Method, state: Any, at: Ranks) -> dict[str, LowRank]:
+    """The one model that is scored, kept as best and exported: per module the best approximation of delta(state) at rank `at`."""
+    delta = method.delta(state)
+    return {
+        module: x if x.A.shape[0] <= at[module] else lowrank.truncate(x, at[module])
+        for module, x in delta.items()
+        if module in at
+    }
+
+
+def validate(setup: Setup, runner: Runner, standing: Standing, adapter: Adapter) -> Mapping[str, Any]:
+    """Scores on the fixed validation sample: the server's own where it has data, else the clients', weighted by tokens."""
+    if not setup.method.personal:
+        scores = setup.scorer.validate(adapter)
+        if scores:
+            return scores
+    clients = sampling.participants(sorted(setup.table), 1.0, seed=setup.config.seed, round=0)
+    count = max(1, setup.config.validation_examples // EVAL_PER_CLIENT)
+    if len(clients) > count:
+        clients = sampling.participants(clients, count / len(clients), seed=setup.config.seed, round=0)
+    tasks = [
+        EvalTask(standing.round, client, download, EVAL_PER_CLIENT)
+        for client, download in (
+            downloads(setup, standing, clients)
+            if setup.method.personal
+            else ((client, Download(adapter, {}, ClientRule())) for client in clients)
+        )
+    ]
+    scores = [s for s in runner.evaluate(standing.round, tasks) if isinstance(s, ClientScore)]
+    tokens = sum(s.tokens for s in scores)
+    if not tokens:
+        return {}
+    # Sorted, so that the order of arrival changes no bit.
+    total = sum(s.loss_sum for s in sorted(scores, key=lambda s: s.client))
+    return {
+        "loss": total / tokens,
+        "clients": len(scores),
+        "examples": sum(s.examples for s in scores),
+        "tokens": tokens,
+    }
+
+
+def evaluate(setup: Setup, standing: Standing, adapter: Adapter) -> Mapping[str, Any]:
+    """Scores on the held-out examples, and the loss at each distinct rank."""
+    if setup.method.personal:
+        return {}
+    by_rank = {
+        ranks.label(r): {m: lowrank.truncate(x, r[m]) for m, x in adapter.items() if isinstance(x, LowRank) and m in r}
+        for r in ranks.distinct(standing.table.values())
+    }
+    return setup.scorer.evaluate(adapter, by_rank)
+
+
+def judge_round(config: Config, standing: Standing, validation: Mapping[str, Any]) -> Standing:
+    """The standing with the best round and the early stop brought up to date; without validation the last round is the best."""
+    loss = validation.get("loss")
+    if loss is None or standing.best_round is None:
+        return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)
+    if standing.best_loss is None or not math.isfinite(standing.best_loss) or loss < standing.best_loss:
+        return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)
+    stale = standing.stale_rounds + 1
+    stop = config.early_stop and stale >= config.patience
+    reason = f"validation loss has not improved for {stale} rounds" if stop else None
+    return replace(standing, stale_rounds=stale, stopped=reason)
+
+
+def save_adapter(setup: Setup, run: Run, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
+    """Put the adapter of this round in the place of the one before, whole or not at all."""
+    temporary = run.folder / ".adapter.part"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        setup.scorer.save(temporary, adapter, facts)
+        replace_folder(temporary, run.adapter)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise FlexLoraError(
+            f"{run.adapter}: cannot be written: {error.strerror or error}; make room or writable, then go on with "
+            f"`flexlora resume {run.folder}`"
+        ) from None

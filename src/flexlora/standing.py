@@ -1,0 +1,186 @@
+"""What a run is made of, where it stands after a round, and how it is taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from flexlora import lowrank, ranks, rundir
+from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint, remove_checkpoints
+from flexlora.collection import Notify
+from flexlora.config import Config
+from flexlora.rundir import Run
+from flexlora.types import Adapter, ClientUpdate, FlexLoraError, LowRank, Method, Ranks, Shapes
+
+
+class Scorer(Protocol):
+    """Scores and saves the global model where the server has data and the base model."""
+
+    def validate(self, adapter: Adapter) -> Mapping[str, Any]:
+        """Scores on the fixed validation sample; `loss` is what early stop and the best round look at. {}: no data here."""
+        ...
+
+    def evaluate(self, adapter: Adapter, by_rank: Mapping[str, Adapter]) -> Mapping[str, Any]:
+        """Scores on the held-out examples, which are reported and never selected on. {}: there are none."""
+        ...
+
+    def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
+        """Write the adapter in PEFT format."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setup:
+    """All that a run needs, made by `flexlora.launch`."""
+
+    config: Config
+    method: Method
+    shapes: Shapes
+    table: Mapping[int, Ranks]
+    """Client -> ranks at the start of the run."""
+    template: str
+    scorer: Scorer
+    data: Mapping[str, str]
+    """Fingerprint of the data by file or group of files: resume compares it."""
+    start: Mapping[str, LowRank] | None = None
+    """Adapter that the global model starts from."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands after a round: with the method's state, all that resume needs."""
+
+    round: int
+    state: Any
+    table: Mapping[int, Ranks]
+    best_round: int | None = None
+    best_loss: float | None = None
+    stale_rounds: int = 0
+    """Rounds since the best one."""
+    stopped: str | None = None
+    """Why the run ended before its last round."""
+    norms: tuple[float, ...] = ()
+    """Norms of the accepted increments, for the guard."""
+    energy: Mapping[str, float] = field(default_factory=dict)
+    """Label of each distinct ranks -> share of ‖W‖² beyond them."""
+
+    def progress(self, setup: Setup) -> dict[str, Any]:
+        kinds: list[Ranks] = list(ranks.distinct(self.table.values()))
+        index = {tuple(kind.items()): i for i, kind in enumerate(kinds)}
+        return {
+            "config": setup.config.dump(),
+            "data": dict(setup.data),
+            "kinds": [dict(kind) for kind in kinds],
+            "table": [[client, index[tuple(r.items())]] for client, r in self.table.items()],
+            "best_round": self.best_round,
+            "best_loss": self.best_loss,
+            "stale_rounds": self.stale_rounds,
+            "stopped": self.stopped,
+            "norms": list(self.norms),
+            "energy": dict(self.energy),
+        }
+
+
+def standing_of(round: int, state: Any, progress: Mapping[str, Any]) -> Standing:
+    """The inverse of `Standing.progress`."""
+    return Standing(
+        round,
+        state,
+        {client: progress["kinds"][kind] for client, kind in progress["table"]},
+        progress["best_round"],
+        progress["best_loss"],
+        progress["stale_rounds"],
+        progress["stopped"],
+        tuple(progress["norms"]),
+        progress["energy"],
+    )
+
+
+def energy_beyond(method: Method, state: Any, table: Mapping[int, Ranks]) -> dict[str, float]:
+    """For each distinct ranks of the table, the share of ‖W‖² (over all modules) that lies beyond them."""
+    spectra = {m: lowrank.singular_values(x).double().square() for m, x in method.delta(state).items()}
+    total = sum(float(s.sum()) for s in spectra.values())
+    if not total:
+        return {}
+    return {
+        ranks.label(r): sum(float(s[r.get(m, 0) :].sum()) for m, s in spectra.items()) / total
+        for r in ranks.distinct(table.values())
+    }
+
+
+def first_standing(setup: Setup) -> Standing:
+    """Before the first round. Raises FlexLoraError where the method cannot start from the adapter that is given."""
+    levels = ranks.distinct(setup.table.values())
+    state = setup.method.init(setup.shapes, setup.config.seed, levels)
+    if setup.start is not None:
+        state = start_from(setup, state, setup.start)
+    standing = Standing(0, state, dict(setup.table))
+    return replace(standing, energy=energy_beyond(setup.method, state, standing.table))
+
+
+def start_from(setup: Setup, state: Any, start: Mapping[str, LowRank]) -> Any:
+    """The state whose global delta weight is the adapter: as if one client had answered with it."""
+    name = setup.config.method_name
+    nothing = {m: LowRank(torch.zeros_like(x.B), torch.zeros_like(x.A)) for m, x in start.items()}
+    remedy = "start without --init_adapter, or with --method flexlora"
+    try:
+        state = setup.method.aggregate(state, [ClientUpdate(-1, 1.0, start, sent=nothing)])
+        got = setup.method.delta(state)
+    except (FlexLoraError, ValueError, KeyError) as error:
+        raise FlexLoraError(f"init_adapter: method {name} cannot start from it ({error}); {remedy}") from None
+    for module, x in start.items():
+        error = lowrank.norm(lowrank.stack([got[module], x], [1.0, -1.0])) if module in got else lowrank.norm(x)
+        if float(error) > 1e-4 * float(lowrank.norm(x)):
+            raise FlexLoraError(f"init_adapter: method {name} cannot start from an adapter; {remedy}")
+    return state
+
+
+FREE_TO_DIFFER = ("rounds", "output_dir", "name", "resume_from", "workers", "runner", "cache_dir")
+"""Configuration keys that resume lets differ from the checkpoint's: they change no result, and `rounds` may grow."""
+
+
+def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None) -> Standing:
+    """The newest whole checkpoint (or that of round `at`); later lines of metrics.jsonl are forgotten.
+
+    Raises FlexLoraError where config or data differ from the checkpoint's, or where none is whole.
+    """
+    rounds = checkpoint_rounds(run.checkpoints)
+    if at is not None and at not in (0, *rounds):
+        shown = ", ".join(map(str, rounds)) or "none"
+        raise FlexLoraError(f"resume_from: round {at} has no checkpoint in {run.folder}; there are: {shown}")
+    prototype = setup.method.init(setup.shapes, setup.config.seed, ranks.distinct(setup.table.values()))
+    standing = None
+    for round in reversed([r for r in rounds if at is None or r <= at]):
+        try:
+            state, progress = read_checkpoint(checkpoint_folder(run.checkpoints, round), prototype)
+        except DamagedError as error:
+            notify("note", {"text": f"{error}; the checkpoint before it is used"})
+            continue
+        refuse_changes(setup, progress, run)
+        standing = standing_of(round, state, progress)
+        break
+    if standing is None:
+        if rounds and at != 0:
+            raise FlexLoraError(f"{run.checkpoints}: no checkpoint is whole; start a new run")
+        standing = first_standing(setup)
+    rundir.cut_metrics(run.folder, standing.round)
+    remove_checkpoints(run.checkpoints, {r for r in rounds if r <= standing.round})
+    return standing
+
+
+def refuse_changes(setup: Setup, progress: Mapping[str, Any], run: Run) -> None:
+    """Raise FlexLoraError naming the first configuration key or data file that differs from the checkpoint's."""
+    old, new = progress["config"], setup.config.dump()
+    for name in new:
+        if name not in FREE_TO_DIFFER and old.get(name) != new[name]:
+            raise FlexLoraError(
+                f"{run.folder}: {name} is {new[name]!r} now and was {old.get(name)!r} when the run began; "
+                "set it back, or start a new run"
+            )
+    for name, print in setup.data.items():
+        if progress["data"].get(name) != print:
+            raise FlexLoraError(f"{name}: has changed since the run began; put the old data back, or start a new run")
