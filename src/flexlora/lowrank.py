@@ -1,13 +1,17 @@
-"""Linear algebra of factored delta weights.
+"""Linear algebra of factored delta weights: exact, never denser than it must be.
 
-Notation: ``x = LowRank(B, A)`` stands for the matrix ``B @ A``; B is (d_out, r), A is (r, d_in). Nothing here
-changes its input. Results have the dtype and device of the input; decompositions work in float64 inside.
+Notation: ``x = LowRank(B, A)`` stands for the matrix ``B @ A``; B is (d_out, r), A is (r, d_in). A `Matrix` is such a
+pair or, where its rank is too high for that to pay, the dense (d_out, d_in) tensor itself. Nothing here changes its
+input. Results are float32, or float64 where the input is; decompositions work in float64 inside.
+
+Which way a decomposition goes, and what was measured to decide it, stands in docs/linear-algebra.md.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +21,21 @@ from flexlora.types import LowRank
 
 DEAD = 1e-7
 """A direction is dead where its singular value is at most this share of the largest."""
+BLOCK = 256
+"""Columns that wait, in a dense sum, until one matrix product adds them all."""
+CROSSOVER = 0.5
+"""Share of min(d_out, d_in): a stack of higher rank is decomposed dense."""
+DECAYED = 1e-4
+"""Below this share of the largest, a singular value is not read off a Gram matrix of float64: its square is off by
+some 1e-16 of the largest square, so that at this share it still has eight digits."""
+
+NOISE = 1e-6
+"""Below this share of the largest, a singular value of a dense float32 matrix is the rounding of the sum that made it:
+it is set to zero, so that a matrix of low rank has one."""
+
+Matrix: TypeAlias = LowRank | Tensor
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Spectrum(NamedTuple):
@@ -30,67 +49,289 @@ class Spectrum(NamedTuple):
     """(k, d_in), orthonormal rows."""
 
 
-def delta(x: LowRank) -> Tensor:
+class Decomposed(LowRank):
+    """A `LowRank` that brings its leading directions and its norm along, so that nobody computes them again."""
+
+    matrix: Matrix
+    """What the factors stand for: they themselves, or the dense matrix."""
+    spectrum: Spectrum
+    norm: float
+
+    @classmethod
+    def of(cls, x: Matrix, spectrum: Spectrum, norm: float) -> Decomposed:
+        self = cls(*factored(x))
+        self.matrix, self.spectrum, self.norm = x, spectrum, norm
+        return self
+
+
+# --- what every method needs -----------------------------------------------------------------------------------------
+
+
+def delta(x: Matrix) -> Tensor:
     """The dense (d_out, d_in) matrix B @ A."""
-    return x.B @ x.A
+    if isinstance(x, Tensor):
+        return x
+    dtype = _working(x.B.dtype)
+    return x.B.to(dtype) @ x.A.to(dtype)
+
+
+def factored(x: Matrix) -> LowRank:
+    """The same matrix as a factor pair: a dense one gets an identity on its shorter side, rank min(d_out, d_in)."""
+    if isinstance(x, LowRank):
+        return x
+    d_out, d_in = x.shape
+    eye = torch.eye(min(d_out, d_in), dtype=x.dtype, device=x.device)
+    return LowRank(eye, x) if d_out <= d_in else LowRank(x, eye)
 
 
 def stack(xs: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
-    """The exact weighted sum Σ w_i B_i A_i in factored form, rank Σ r_i; the weights go into B."""
+    """The exact weighted sum Σ w_i B_i A_i in factored form, rank Σ r_i; the weights go into B.
+
+    Raises ValueError where `xs` is empty.
+    """
     if not xs:
         raise ValueError("stack needs at least one factor pair")
-    B = torch.cat([x.B * w for x, w in zip(xs, weights, strict=True)], dim=1)
-    return LowRank(B, torch.cat([x.A for x in xs], dim=0))
+    dtype = _working(xs[0].B.dtype)
+    B = torch.cat([x.B.to(dtype) * w for x, w in zip(xs, weights, strict=True)], dim=1)
+    return LowRank(B, torch.cat([x.A.to(dtype) for x in xs], dim=0))
+
+
+def empty(d_out: int, d_in: int) -> LowRank:
+    """The zero delta weight, rank 0."""
+    return LowRank(torch.zeros((d_out, 0)), torch.zeros((0, d_in)))
 
 
 class Sum:
-    """A running weighted sum of delta weights of one module, consumed one update at a time."""
+    """A running weighted sum of delta weights of one module, consumed one update at a time.
+
+    Factors are stacked while they take less room than the dense matrix; then they are added up densely, some `BLOCK`
+    columns by one matrix product. So at most min(R(d_out + d_in), d_out · d_in) floats are held, R the stacked rank,
+    and one block. Updates are copied, never changed or kept.
+    """
 
     def __init__(self, d_out: int, d_in: int) -> None:
         self.d_out, self.d_in = d_out, d_in
         self.total = 0.0
         """Sum of the weights so far."""
+        self.rank = 0
+        """Stacked rank so far, zero weights left out."""
         self._terms: list[tuple[LowRank, float]] = []
+        self._waiting = 0
+        self._dense: Tensor | None = None
+        self._unit = (
+            1.0  # the first weight: in units of it a single update, or equal weights, are summed without rounding
+        )
 
     def add(self, x: LowRank, weight: float) -> None:
-        self._terms.append((x, weight))
+        """Add weight · B A. The first update fixes device and dtype."""
         self.total += weight
+        rank = x.A.shape[0]
+        if weight == 0.0 or rank == 0:
+            return
+        if not self.rank:
+            self._unit, self._dtype = weight, _working(x.B.dtype)
+        self.rank += rank
+        own = LowRank(x.B.to(self._dtype, copy=True), x.A.to(self._dtype, copy=True))
+        self._terms.append((own, weight))
+        self._waiting += rank
+        if self.rank > dense_rank(self.d_out, self.d_in) and self._waiting >= BLOCK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._dense is None:
+            B = self._terms[0][0].B
+            self._dense = torch.zeros((self.d_out, self.d_in), dtype=B.dtype, device=B.device)
+        while self._terms:
+            xs: list[LowRank] = []
+            weights: list[float] = []
+            while self._terms and sum(x.A.shape[0] for x in xs) < BLOCK:
+                x, w = self._terms.pop()
+                xs.append(x)
+                weights.append(w / self._unit)
+            block = stack(xs, weights)
+            self._dense.addmm_(block.B, block.A)
+        self._waiting = 0
+
+    def over(self, divisor: float) -> Matrix:
+        """Σ w_i B_i A_i / divisor, dense where the stacked rank made it so."""
+        if self._dense is not None or self.rank > dense_rank(self.d_out, self.d_in):
+            self._flush()
+            assert self._dense is not None
+            return self._dense * (self._unit / divisor)
+        if not self._terms:
+            return empty(self.d_out, self.d_in)
+        xs, weights = zip(*self._terms, strict=True)
+        return stack(xs, [w / divisor for w in weights])
 
     def mean(self) -> LowRank:
-        """Σ w_i B_i A_i / Σ w_i."""
-        xs, weights = zip(*self._terms, strict=True)
-        return stack(xs, [w / self.total for w in weights])
+        """Σ w_i B_i A_i / Σ w_i as a factor pair (see `factored`); zero where all weights are."""
+        return factored(self.over(self.total or 1.0))
 
 
-def svd(x: LowRank, rank: int | None = None) -> Spectrum:
-    """The `rank` leading directions of B @ A (all of them where rank is None); at most min(d_out, d_in, r) exist."""
+def dense_rank(d_out: int, d_in: int) -> int:
+    """The stacked rank up to which factors are kept: where they take no more room than the matrix."""
+    return min(d_out * d_in // (d_out + d_in), int(CROSSOVER * min(d_out, d_in)) or 1)
+
+
+# --- decompositions ----------------------------------------------------------------------------------------------------
+
+
+def svd(x: Matrix, rank: int | None = None) -> Spectrum:
+    """The `rank` leading directions of B @ A (all of them where rank is None); at most min(d_out, d_in, r) exist.
+
+    The error ‖B A − U S Vᵀ‖_F is within 1e-5 relative of the optimum, or within rounding of the dtype times ‖B A‖_F.
+    """
+    if isinstance(x, Decomposed):
+        return extend(x.spectrum, x.matrix, rank)
+    d_out, d_in = _shape(x)
+    k = _exist(x) if rank is None else min(rank, _exist(x))
+    dtype, device = (x.dtype, x.device) if isinstance(x, Tensor) else (x.B.dtype, x.B.device)
+    if k == 0:
+        new = {"dtype": _working(dtype), "device": device}
+        return Spectrum(torch.zeros((d_out, 0), **new), torch.zeros(0, **new), torch.zeros((0, d_in), **new))
+    gram = dtype != torch.float64
+    if isinstance(x, LowRank) and x.A.shape[0] <= dense_rank(d_out, d_in):
+        found = (_factored_gram(x, k) if gram else None) or _factored_qr(x, k)
+    else:
+        W = delta(x)
+        found = (_dense_gram(W, k) if gram else None) or _dense_svd(W, k)
+        if gram:
+            found = found._replace(S=found.S.where(found.S[0] * NOISE < found.S, 0.0))
+    return _signed(found, _working(dtype))
+
+
+def extend(spectrum: Spectrum, x: Matrix, rank: int | None = None) -> Spectrum:
+    """``svd(x, rank)``, cut out of `spectrum`, leading directions of x known before, where it has that many."""
+    U, S, Vt = spectrum
+    if len(S) < _exist(x) and (rank is None or len(S) < rank):
+        return svd(x, rank)
+    return Spectrum(U[:, :rank], S[:rank], Vt[:rank])
+
+
+def _factored_qr(x: LowRank, k: int) -> Spectrum:
     Qb, Rb = torch.linalg.qr(x.B.double())
     Qa, Ra = torch.linalg.qr(x.A.double().T)
     U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    k = min(len(S), len(S) if rank is None else rank)
-    U, S, Vt = Qb @ U[:, :k], S[:k], Vt[:k] @ Qa.T
-    if k:
-        signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-        U, Vt = U * signs, Vt * signs.T
-    return Spectrum(U.to(x.B.dtype), S.to(x.B.dtype), Vt.to(x.A.dtype))
+    return Spectrum(Qb @ U[:, :k], S[:k], Vt[:k] @ Qa.T)
 
 
-def singular_values(x: LowRank) -> Tensor:
+def _factored_gram(x: LowRank, k: int) -> Spectrum | None:
+    """With A = L Q, Q orthonormal rows: (B A)ᵀ(B A) = Qᵀ (Lᵀ BᵀB L) Q. None where float64 does not carry that."""
+    B, A = x.B.double(), x.A.double()
+    L, failed = torch.linalg.cholesky_ex(A @ A.T)
+    if failed.item():
+        return None
+    BL = B @ L
+    S2, Z = _leading(BL.T @ BL, k)
+    if not _sound(S2):
+        return None
+    S = S2.sqrt()
+    # rows of Z' L^-1 A are orthonormal as far as A is well conditioned: looked at, not assumed
+    Vt = torch.linalg.solve_triangular(L.T, Z, upper=True).T @ A
+    if (Vt @ Vt.T - torch.eye(k, dtype=Vt.dtype, device=Vt.device)).abs().max() > 1e-9:
+        return None
+    return Spectrum(BL @ Z / S, S, Vt)
+
+
+def _dense_gram(W: Tensor, k: int) -> Spectrum | None:
+    """The leading eigenvectors of W Wᵀ, W taken with its shorter side first."""
+    if W.shape[0] > W.shape[1]:
+        found = _dense_gram(W.T, k)
+        return None if found is None else Spectrum(found.Vt.T, found.S, found.U.T)
+    W = W.double()
+    S2, U = _leading(W @ W.T, k)
+    if _sound(S2):
+        S = S2.sqrt()
+        return Spectrum(U, S, U.T @ W / S[:, None])
+    if k > W.shape[0] // 2:
+        return None
+    # small singular values are asked for: the projection of W on U is decomposed without squaring anything
+    Q, R = torch.linalg.qr((U.T @ W).T)
+    Uk, S, Vt = torch.linalg.svd(R.T)
+    return Spectrum(U @ Uk, S, Vt @ Q.T)
+
+
+def _dense_svd(W: Tensor, k: int) -> Spectrum:
+    U, S, Vt = torch.linalg.svd(W.double(), full_matrices=False)
+    return Spectrum(U[:, :k], S[:k], Vt[:k])
+
+
+def _leading(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest eigenvalues of a symmetric matrix, descending, and their eigenvectors as columns."""
+    values, vectors = torch.linalg.eigh(G)
+    return values[-k:].flip(0), vectors[:, -k:].flip(1)
+
+
+def _sound(S2: Tensor) -> bool:
+    return bool(S2[-1] > DECAYED**2 * S2[0])
+
+
+def _signed(found: Spectrum, dtype: torch.dtype) -> Spectrum:
+    U, S, Vt = found
+    signs = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
+    return Spectrum((U * signs).to(dtype), S.to(dtype), (Vt * signs.T).to(dtype))
+
+
+def singular_values(x: Matrix) -> Tensor:
     """(min(d_out, d_in, r),) singular values of B @ A, descending."""
     return svd(x).S
 
 
-def truncate(x: LowRank, rank: int) -> LowRank:
+def truncate(x: Matrix, rank: int) -> LowRank:
     """argmin over X of ‖X − B A‖_F subject to rank X ≤ rank (Eckart–Young): B = U S, A = Vᵀ."""
     U, S, Vt = svd(x, rank)
     return LowRank(U * S, Vt)
 
 
-def norm(x: LowRank) -> Tensor:
+def norm(x: Matrix) -> Tensor:
     """‖B A‖_F, a 0-d float64 tensor, from the Gram matrices of the factors: no dense matrix."""
+    if isinstance(x, Tensor):
+        return torch.linalg.vector_norm(x, dtype=torch.float64)
+    if isinstance(x, Decomposed):
+        return torch.tensor(x.norm, dtype=torch.float64)
     B, A = x.B.double(), x.A.double()
     return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
 
+
+def inner(xs: Iterable[LowRank], ys: Iterable[LowRank]) -> float:
+    """Σ over modules of the Frobenius inner product ⟨B A, B' A'⟩ by the trace identity."""
+    total = 0.0
+    for x, y in zip(xs, ys, strict=True):
+        total += float(((x.B.double().T @ y.B.double()) * (x.A.double() @ y.A.double().T)).sum())
+    return total
+
+
+def energy_beyond(x: Matrix, ranks: Sequence[int]) -> list[float]:
+    """Share of ‖B A‖²_F beyond each rank, in [0, 1]: Σ_{j > r} σ_j² / Σ_j σ_j²; 0 for the zero matrix.
+
+    Free where x is `Decomposed` at the largest of the ranks, else one decomposition.
+    """
+    whole = float(norm(x)) ** 2
+    if not ranks or not whole:
+        return [0.0] * len(ranks)
+    squares = svd(x, max(ranks)).S.double() ** 2
+    tail = max(0.0, whole - float(squares.sum())) if len(squares) < _exist(x) else 0.0
+    return [min(1.0, (float(squares[r:].sum()) + tail) / whole) for r in ranks]
+
+
+def truncation_error(x: Matrix, rank: int) -> float:
+    """‖B A − truncate(x, rank)‖_F, the least error of any matrix of that rank."""
+    return float(norm(x)) * energy_beyond(x, [rank])[0] ** 0.5
+
+
+def _exist(x: Matrix) -> int:
+    return min(_shape(x)) if isinstance(x, Tensor) else min(*_shape(x), x.A.shape[0])
+
+
+def _shape(x: Matrix) -> tuple[int, int]:
+    return (x.shape[0], x.shape[1]) if isinstance(x, Tensor) else (x.B.shape[0], x.A.shape[1])
+
+
+def _working(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- what a client gets ------------------------------------------------------------------------------------------------
 
 FRESH_BLOCK = 64
 
@@ -104,31 +345,42 @@ def fresh_rows(rank: int, d_in: int, seed: int, module: str, round: int) -> Tens
     return torch.cat(blocks)[:rank] if blocks else torch.empty((0, d_in))
 
 
-def at_rank(spectrum: Spectrum, rank: int, *, seed: int, module: str, round: int) -> LowRank:
-    """The best rank-`rank` factors B = U S, A = Vᵀ for a client to train, without dead directions.
+def at_rank(spectrum: Spectrum, rank: int, *, seed: int, module: str, round: int, split: str = "B") -> LowRank:
+    """The best rank-`rank` factors for a client to train, without dead directions.
 
-    Where σ_j ≤ 1e-7 σ_1 or where the matrix has fewer than `rank` directions, column j of B is zero and row j of A is
-    fresh, so that the delta weight is unchanged and the direction still has a gradient.
+    `split` "B": B = U S, A = Vᵀ (the release of FlexLoRA); "balanced": B = U √S, A = √S Vᵀ. Where σ_j ≤ 1e-7 σ_1 or
+    where the matrix has fewer than `rank` directions, column j of B is zero and row j of A is fresh, so that the delta
+    weight is unchanged and the direction still has a gradient.
     """
     U, S, Vt = spectrum
     live = int((S[:rank] > DEAD * S[0]).sum()) if len(S) else 0
+    left, right = (S[:live].sqrt(),) * 2 if split == "balanced" else (S[:live], torch.ones_like(S[:live]))
     B = U.new_zeros((U.shape[0], rank))
-    B[:, :live] = U[:, :live] * S[:live]
+    B[:, :live] = U[:, :live] * left
     A = Vt.new_empty((rank, Vt.shape[1]))
-    A[:live] = Vt[:live]
+    A[:live] = Vt[:live] * right[:, None]
     if live < rank:
         A[live:] = fresh_rows(rank, Vt.shape[1], seed, module, round)[live:].to(A)
     return LowRank(B, A)
 
 
-def empty(d_out: int, d_in: int) -> LowRank:
-    """The zero delta weight, rank 0."""
-    return LowRank(torch.zeros((d_out, 0)), torch.zeros((0, d_in)))
+# --- all modules at once -----------------------------------------------------------------------------------------------
 
 
-def inner(xs: Iterable[LowRank], ys: Iterable[LowRank]) -> float:
-    """Σ over modules of the Frobenius inner product ⟨B A, B' A'⟩ by the trace identity."""
-    total = 0.0
-    for x, y in zip(xs, ys, strict=True):
-        total += float(((x.B.double().T @ y.B.double()) * (x.A.double() @ y.A.double().T)).sum())
-    return total
+def each(function: Callable[[_T], _R], items: Iterable[_T], workers: int | None = None) -> list[_R]:
+    """``[function(item) for item in items]`` over `workers` threads, in order (default: torch's intra-op threads).
+
+    Inside, torch works with one thread an item, so that the cores are not oversubscribed and results do not depend on
+    `workers`, nor on the number of torch's threads outside, by one bit: LAPACK's eigenvectors do depend on the latter.
+    """
+    items = list(items)
+    threads = torch.get_num_threads()
+    workers = min(workers or threads, len(items))
+    torch.set_num_threads(1)
+    try:
+        if workers <= 1:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(function, items))
+    finally:
+        torch.set_num_threads(threads)

@@ -29,28 +29,34 @@ def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
 
 
 def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
-    sums: dict[str, LowRank] = {}
+    means: dict[str, LowRank] = {}
     totals: dict[str, float] = {}
     count = 0
     for update in updates:
         count += 1
         for module, x in update.adapter.items():
             assert isinstance(x, LowRank)
-            w = update.weight
-            if module not in sums:
-                sums[module], totals[module] = LowRank(x.B * w, x.A * w), w
+            if not update.weight:
                 continue
-            if sums[module].A.shape != x.A.shape:
+            if module not in means:
+                dtype = torch.promote_types(x.B.dtype, torch.float32)
+                means[module] = LowRank(x.B.to(dtype, copy=True), x.A.to(dtype, copy=True))
+                totals[module] = update.weight
+                continue
+            mean = means[module]
+            if mean.A.shape != x.A.shape:
                 raise FlexLoraError(
                     f"method fedavg needs equal ranks: client {update.client} has rank {x.A.shape[0]} in {module}, "
-                    f"others {sums[module].A.shape[0]}; use --method flexlora"
+                    f"others {mean.A.shape[0]}; use --method flexlora"
                 )
-            sums[module] = LowRank(sums[module].B + x.B * w, sums[module].A + x.A * w)
-            totals[module] += w
+            # The running mean: exact for clients that agree, and no sum to overflow.
+            totals[module] += update.weight
+            share = update.weight / totals[module]
+            mean.B.lerp_(x.B.to(mean.B), share)
+            mean.A.lerp_(x.A.to(mean.A), share)
     if not count:
         raise ValueError("aggregate needs at least one client update")
-    mean = {m: LowRank(x.B / totals[m], x.A / totals[m]) for m, x in sums.items()}
-    return State(state.round + 1, state.seed, state.shapes, {**state.adapter, **mean})
+    return State(state.round + 1, state.seed, state.shapes, {**state.adapter, **means})
 
 
 def distribute(state: State, ranks: Ranks) -> Download:
@@ -71,7 +77,7 @@ def distribute(state: State, ranks: Ranks) -> Download:
 
 
 def delta(state: State) -> Mapping[str, LowRank]:
-    return {m: state.adapter.get(m) or lowrank.empty(*shape) for m, shape in state.shapes.items()}
+    return {m: state.adapter[m] if m in state.adapter else lowrank.empty(*s) for m, s in state.shapes.items()}
 
 
 def fedavg() -> Method:
