@@ -7,6 +7,20 @@ from flexlora.methods.base import MethodEntry, get_method, method_entry, methods
 from flexlora.types import Method
 
 # isort: split
-from flexlora.methods import fedavg, flexlora  # noqa: F401  (each registers itself)
+from flexlora.methods import (  # noqa: F401, I001  (each registers itself, in this order)
+    fedavg,
+    flexlora,
+    carry,
+    raflora,
+    hetlora,
+    slora,
+    flora,
+    fedex,
+    ffa,
+    rolora,
+    fedsa,
+    rbla,
+    florist,
+)
 
 __all__ = ["Method", "MethodEntry", "get_method", "method_entry", "methods", "register"]

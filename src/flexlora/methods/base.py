@@ -28,7 +28,17 @@ class MethodEntry:
 
     @property
     def options(self) -> tuple[str, ...]:
-        return tuple(inspect.signature(self.make).parameters)
+        """Names of the options, without a ``**rest``."""
+        return tuple(p.name for p in self._parameters if p.kind is not p.VAR_KEYWORD)
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether options beyond these go on to another method, which knows them (slora)."""
+        return any(p.kind is p.VAR_KEYWORD for p in self._parameters)
+
+    @property
+    def _parameters(self) -> tuple[inspect.Parameter, ...]:
+        return tuple(inspect.signature(self.make).parameters.values())
 
 
 _entries: dict[str, MethodEntry] = {}
@@ -77,7 +87,7 @@ def get_method(name: str, **options: Any) -> Method:
     """
     entry = method_entry(name)
     for option in options:
-        if option not in entry.options:
+        if option not in entry.options and not entry.passes_on:
             known = ", ".join(entry.options) or "none"
             raise FlexLoraError(f"method {name!r} has no option {option!r}: it has {known}")
     return entry.make(**options)
