@@ -245,12 +245,11 @@ class Config(BaseModel):
 
 
 def alias_table() -> dict[str, str]:
-    """Every accepted key -> its name: new names, old names, and both with dashes."""
+    """Every accepted spelling of a key -> its name: new names and old ones."""
     table: dict[str, str] = {}
     for name, info in Config.model_fields.items():
         for spelling in (name, *_aliases(info)):
             table[spelling] = name
-            table[spelling.replace("_", "-")] = name
     return table
 
 

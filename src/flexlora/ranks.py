@@ -60,6 +60,8 @@ class RankPlan:
     """Type name -> probability; they sum to 1."""
     clients: Mapping[int, str] = field(default_factory=dict)
     """Clients whose type is fixed."""
+    written: frozenset[str] = frozenset()
+    """Types that the user wrote: their module names are checked against the model."""
 
     def type_of(self, client: int, seed: int) -> str:
         """The client's type. Raises FlexLoraError where it is neither named nor can be drawn."""
@@ -133,7 +135,8 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
             clients[int(client)] = label
     if not shares and not clients:
         raise FlexLoraError("ranks: the map gives types but nobody gets one; add shares, distribution or clients")
-    return RankPlan(types, shares, clients)
+    written = frozenset(given.get("types") or ()) | {f"client_{client}" for client in clients}
+    return RankPlan(types, shares, clients, frozenset(map(str, written)))
 
 
 def read_plan(ranks: str | Mapping[str, Any], *, lora_r: int, hidden_size: int) -> RankPlan:
@@ -159,14 +162,8 @@ def resolve(
 ) -> tuple[Ranks, Mapping[str, int]]:
     """A rank for every module of `shapes`, clipped to min(d_out, d_in) and max_rank, and the ranks that were clipped.
 
-    A module that no row of the type covers is not adapted. Raises FlexLoraError where a row names no module at all.
+    A module that no row of the type covers is not adapted; a row that covers no module does nothing (see `refuse_stray`).
     """
-    names = {module.rsplit(".", 1)[-1] for module in shapes} | set(shapes) | {REST}
-    stray = set(rank_type) - names
-    if stray:
-        raise FlexLoraError(
-            f"ranks: {min(stray)} is no adapted module; the model has {', '.join(sorted({m.rsplit('.', 1)[-1] for m in shapes}))}"
-        )
     ranks: dict[str, int] = {}
     clipped: dict[str, int] = {}
     for module, shape in shapes.items():
@@ -177,6 +174,17 @@ def resolve(
         if ranks[module] < wanted:
             clipped[module] = wanted
     return ranks, clipped
+
+
+def refuse_stray(plan: RankPlan, shapes: Shapes) -> None:
+    """Raise FlexLoraError where a plan written by the user has a row that covers no adapted module: a slip of the pen."""
+    names = {module.rsplit(".", 1)[-1] for module in shapes}
+    for kind, rows in plan.types.items():
+        for row in rows:
+            if kind in plan.written and row not in (REST, *names, *shapes):
+                raise FlexLoraError(
+                    f"ranks: type {kind} names {row}, which is no adapted module; the model has {', '.join(sorted(names))}"
+                )
 
 
 def distinct(table: Iterable[Ranks]) -> tuple[Ranks, ...]:

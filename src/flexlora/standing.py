@@ -13,6 +13,7 @@ from flexlora import lowrank, ranks, rundir
 from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint, remove_checkpoints
 from flexlora.collection import Notify
 from flexlora.config import Config
+from flexlora.data.federation import Federation
 from flexlora.rundir import Run
 from flexlora.types import Adapter, ClientUpdate, FlexLoraError, LowRank, Method, Ranks, Shapes
 
@@ -44,8 +45,8 @@ class Setup:
     """Client -> ranks at the start of the run."""
     template: str
     scorer: Scorer
-    data: Mapping[str, str]
-    """Fingerprint of the data by file or group of files: resume compares it."""
+    data: Federation | None
+    """The data, whose fingerprint resume compares; None where the server has none."""
     start: Mapping[str, LowRank] | None = None
     """Adapter that the global model starts from."""
 
@@ -73,7 +74,8 @@ class Standing:
         index = {tuple(kind.items()): i for i, kind in enumerate(kinds)}
         return {
             "config": setup.config.dump(),
-            "data": dict(setup.data),
+            "data": setup.data.fingerprint() if setup.data else None,
+            "shapes": {module: list(shape) for module, shape in setup.shapes.items()},
             "kinds": [dict(kind) for kind in kinds],
             "table": [[client, index[tuple(r.items())]] for client, r in self.table.items()],
             "best_round": self.best_round,
@@ -101,15 +103,15 @@ def standing_of(round: int, state: Any, progress: Mapping[str, Any]) -> Standing
 
 
 def energy_beyond(method: Method, state: Any, table: Mapping[int, Ranks]) -> dict[str, float]:
-    """For each distinct ranks of the table, the share of ‖W‖² (over all modules) that lies beyond them."""
-    spectra = {m: lowrank.singular_values(x).double().square() for m, x in method.delta(state).items()}
-    total = sum(float(s.sum()) for s in spectra.values())
-    if not total:
-        return {}
-    return {
-        ranks.label(r): sum(float(s[r.get(m, 0) :].sum()) for m, s in spectra.items()) / total
-        for r in ranks.distinct(table.values())
-    }
+    """For each distinct ranks of the table, the share of ‖W‖² (over all modules) that lies beyond them; {} where W = 0."""
+    kinds = ranks.distinct(table.values())
+    total, beyond = 0.0, [0.0] * len(kinds)
+    for module, x in method.delta(state).items():
+        energy = float(lowrank.norm(x)) ** 2
+        total += energy
+        for i, share in enumerate(lowrank.energy_beyond(x, [kind.get(module, 0) for kind in kinds])):
+            beyond[i] += share * energy
+    return {ranks.label(kind): part / total for kind, part in zip(kinds, beyond, strict=True)} if total else {}
 
 
 def first_standing(setup: Setup) -> Standing:
@@ -181,6 +183,5 @@ def refuse_changes(setup: Setup, progress: Mapping[str, Any], run: Run) -> None:
                 f"{run.folder}: {name} is {new[name]!r} now and was {old.get(name)!r} when the run began; "
                 "set it back, or start a new run"
             )
-    for name, print in setup.data.items():
-        if progress["data"].get(name) != print:
-            raise FlexLoraError(f"{name}: has changed since the run began; put the old data back, or start a new run")
+    if setup.data is not None:
+        setup.data.check_unchanged(progress["data"])

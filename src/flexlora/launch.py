@@ -1,0 +1,234 @@
+"""From a configuration to a run: everything is checked and loaded here, then the engine plays the rounds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexlora import ranks, sampling
+from flexlora.card import model_card
+from flexlora.client import Site
+from flexlora.collection import Notify
+from flexlora.config import Config
+from flexlora.data.federation import Federation, open_federation
+from flexlora.engine import Runner, run_rounds
+from flexlora.methods import get_method, method_entry
+from flexlora.modeling import Model, load_adapter, load_model
+from flexlora.prompts import Template, TokenCache, load_template
+from flexlora.ranks import RankPlan
+from flexlora.rundir import Run, create_run, environment, exclusive, open_run, write_text
+from flexlora.runners.local import LocalRunner
+from flexlora.scorer import ModelScorer
+from flexlora.standing import Setup, last_standing
+from flexlora.types import FlexLoraError, Method, Ranks, Shapes
+
+
+def silent(event: str, facts: Mapping[str, Any]) -> None:
+    """The default for `notify`."""
+
+
+def run(config: Config, notify: Notify = silent) -> Run:
+    """Play a whole run and return its folder. Raises FlexLoraError before anything is written where the input is bad."""
+    if config.resume_from is not None:
+        return resume(run_folder(config), at=config.resume_from, config=config, notify=notify)
+    with assembled(config, notify) as session:
+        folder = run_folder(config)
+        made = create_run(config, folder, environment(**session.facts))
+        with exclusive(folder):
+            return play(session, made, None, notify)
+
+
+def resume(
+    folder: Path,
+    *,
+    rounds: int | None = None,
+    at: int | None = None,
+    config: Config | None = None,
+    notify: Notify = silent,
+) -> Run:
+    """Go on with an interrupted run, from its newest whole checkpoint or that of round `at`; `rounds` may grow.
+
+    Raises FlexLoraError where the configuration or the data differ from those that the run began with.
+    """
+    found = open_run(folder)
+    with exclusive(folder):
+        config = (config or found.config).model_copy(update={} if rounds is None else {"rounds": rounds})
+        done = len(found.metrics)
+        if rounds is not None and rounds < done:
+            raise FlexLoraError(f"rounds: {folder} has played {done} rounds already; --rounds can only grow")
+        with assembled(config, notify) as session:
+            return play(session, found, at, notify)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a run holds while it goes on."""
+
+    setup: Setup
+    runner: Runner
+    scorer: ModelScorer
+    facts: Mapping[str, Any]
+    """For env.json and the event `start`."""
+
+
+def play(session: Session, run: Run, at: int | None, notify: Notify) -> Run:
+    """Score the base model if that was not done, then the rounds that are left."""
+    standing = last_standing(session.setup, run, notify, at)
+    notify(
+        "start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": session.setup.config.rounds}
+    )
+    if not run.base:
+        scores = {"validation": session.scorer.validate({}), "eval": {}}
+        if session.setup.config.eval_every:
+            scores["eval"] = {k: v for k, v in session.scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
+        write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
+    notify("base", run.base)
+    return run_rounds(session.setup, session.runner, run, standing, notify)
+
+
+def run_folder(config: Config) -> Path:
+    """`{output_dir}/{name}`; without a name one of method, ranks and seed, numbered where it is taken."""
+    if config.name is not None:
+        return config.output_dir / config.name
+    kind = config.ranks if isinstance(config.ranks, str) else "map"
+    stem = f"{config.method_name}-{Path(kind).stem.replace(':', '-')}-{config.seed}"
+    folder = config.output_dir / stem
+    number = 2
+    while folder.exists():
+        folder = config.output_dir / f"{stem}-{number}"
+        number += 1
+    return folder
+
+
+def method_of(config: Config) -> Method:
+    """The configured method with its options. Raises FlexLoraError for unknown names, options and impossible pairs."""
+    name = config.method_name
+    options = dict(config.method_options)
+    if config.baseline == "slora" and name != "slora":
+        options |= {"then": name}
+        name = "slora"
+    # A key of the configuration that the method takes is passed on under its own name.
+    for key in ("sparse_rounds", "handle_alpha", "prune_lambda", "prune_gamma"):
+        if key in method_entry(name).options:
+            options.setdefault(key, getattr(config, key))
+    return get_method(name, **options)
+
+
+def refuse_unequal(config: Config, method: Method, plan: RankPlan) -> None:
+    """Raise FlexLoraError where the method needs equal ranks and the plan has several types."""
+    used = {name for name, share in plan.shares.items() if share} | set(plan.clients.values())
+    if method.equal_ranks and len({tuple(plan.types[name].items()) for name in used}) > 1:
+        raise FlexLoraError(
+            f"method {config.method_name} needs equal ranks and ranks is {config.ranks!r}; "
+            "use --ranks homo, or a method for unequal ranks such as flexlora"
+        )
+
+
+def rank_table(
+    config: Config, plan: RankPlan, shapes: Shapes, clients: Iterable[int], notify: Notify
+) -> dict[int, Ranks]:
+    """Client -> ranks. Clients of one type share one mapping; clipped ranks are told once for each type."""
+    ranks.refuse_stray(plan, shapes)
+    resolved: dict[str, Ranks] = {}
+    table: dict[int, Ranks] = {}
+    for client in clients:
+        kind = plan.type_of(client, config.seed)
+        if kind not in resolved:
+            resolved[kind], clipped = ranks.resolve(plan.types[kind], shapes, config.max_rank)
+            if clipped:
+                worst = min(clipped, key=lambda m: resolved[kind][m])
+                notify(
+                    "note",
+                    {
+                        "text": f"rank type {kind}: {len(clipped)} modules clipped, e.g. {worst} "
+                        f"from {clipped[worst]} to {resolved[kind][worst]}"
+                    },
+                )
+            if not resolved[kind]:
+                raise FlexLoraError(f"ranks: type {kind} adapts no module of the model; name its modules, or use *")
+        table[client] = resolved[kind]
+    return table
+
+
+def template_name(config: Config, model: Model) -> str:
+    """The prompt template's name, with `auto` resolved."""
+    if config.prompt_template != "auto":
+        return config.prompt_template
+    return "chat" if model.has_chat_template else "alpaca"
+
+
+def load(config: Config) -> Model:
+    """The configured base model, its linear layers ready for adapters."""
+    return load_model(
+        config.model,
+        targets=config.lora_target_modules,
+        cache_dir=config.cache_dir,
+        device=config.device,
+        precision=config.precision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
+def check_schedule(config: Config, federation: Federation) -> None:
+    """Read the training files of every client that the schedule will ask, so that bad data stops the run before it begins."""
+    clients = sorted(federation.clients)
+    asked: set[int] = set()
+    for round in range(1, config.rounds + 1):
+        asked |= set(sampling.participants(clients, config.participation, seed=config.seed, round=round))
+    for client in sorted(asked):
+        federation.train(client)
+
+
+@contextmanager
+def assembled(config: Config, notify: Notify) -> Iterator[Session]:
+    """Check the configuration, open the data, load the model; cheap checks first. Closes the runner in the end."""
+    method = method_of(config)
+    if config.data is None:
+        raise FlexLoraError("data: no folder given; name one with --data, or try `flexlora demo`")
+    federation = open_federation(config.data, config.num_clients)
+    load_template(config.prompt_template if config.prompt_template != "auto" else "alpaca")
+    # Sizes of the types do not matter yet: this only asks whether they differ.
+    refuse_unequal(config, method, ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=0))
+    validation = federation.validation_sample(config.validation_examples, config.seed)
+    held_out = federation.global_test()[: config.eval_examples]
+    check_schedule(config, federation)
+    notify("note", {"text": f"loading {config.model}"})
+    model = load(config)
+    plan = ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=model.hidden_size)
+    table = rank_table(config, plan, model.shapes, federation.clients, notify)
+    name = template_name(config, model)
+    template: Template = load_template(name)
+    facts = {
+        "model": config.model,
+        "method": config.method_name,
+        "ranks": {
+            ranks.label(r): sum(1 for mine in table.values() if mine == r) for r in ranks.distinct(table.values())
+        },
+        "clients": len(table),
+        "template": name,
+        "threads": torch.get_num_threads(),
+        "modules": len(model.shapes),
+    }
+    scorer = ModelScorer(model, config, template, validation, held_out, lambda line: model_card(config, facts, line))
+    start = load_adapter(config.init_adapter, model.shapes) if config.init_adapter else None
+    setup = Setup(config, method, model.shapes, table, name, scorer, federation, start)
+    site = Site(
+        model,
+        federation,
+        TokenCache(),
+        run_folder(config) / "kept",
+        config.eval_batch_size,
+        getattr(torch, config.wire_dtype),
+    )
+    runner = LocalRunner(site, config.local_training(1, name))
+    try:
+        yield Session(setup, runner, scorer, facts)
+    finally:
+        runner.close()
+

@@ -1,0 +1,130 @@
+"""One serializer for every state: exact, refuses what is damaged, makes only classes that the method vouches for."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexlora.checkpoint import (
+    DamagedError,
+    checkpoint_folder,
+    checkpoint_rounds,
+    flatten,
+    read_checkpoint,
+    remove_checkpoints,
+    restore,
+    write_checkpoint,
+)
+from flexlora.types import FlexLoraError, LowRank, Sparse
+
+
+@dataclass(frozen=True)
+class Inner:
+    x: torch.Tensor
+
+
+@dataclass(frozen=True)
+class State:
+    round: int
+    seed: int
+    factors: dict[str, LowRank]
+    sparse: dict[str, Sparse]
+    inner: Inner | None = None
+    pair: tuple[float, str] = (0.1, "ü")
+
+
+def example(inner: bool = True) -> State:
+    g = torch.Generator().manual_seed(1)
+    return State(
+        3,
+        2**40,
+        {"a.b": LowRank(torch.randn(4, 2, generator=g), torch.randn(2, 3, generator=g))},
+        {"c": Sparse(torch.randn(5, generator=g).double(), torch.arange(5), (4, 3))},
+        Inner(torch.randn(2, generator=g).bfloat16()) if inner else None,
+        (1 / 3, "ü"),
+    )
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, tuple):
+        return type(a) is type(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(equal(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    return a == b and type(a) is type(b)
+
+
+def test_round_trip_is_exact(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, 3, example(), {"best": 0.1})
+    # Inner is not in the prototype, but stands beside State.
+    state, progress = read_checkpoint(checkpoint_folder(tmp_path, 3), example(inner=False))
+    assert equal(state, example())
+    assert progress == {"best": 0.1}
+
+
+def test_only_vouched_classes_are_made() -> None:
+    tree, tensors = flatten(example())
+    tree["class"] = "subprocess:Popen"
+    with pytest.raises(DamagedError, match="does not fit"):
+        restore(tree, tensors, example())
+
+
+def test_what_no_state_may_hold() -> None:
+    with pytest.raises(TypeError, match="cannot hold set"):
+        flatten({"a": {1}})
+
+
+@pytest.mark.parametrize("file", ["state.json", "state.safetensors"])
+@pytest.mark.parametrize("harm", ["cut", "flip", "gone", "empty"])
+def test_harm_is_seen(tmp_path: Path, file: str, harm: str) -> None:
+    folder = write_checkpoint(tmp_path, 1, example(), {})
+    path = folder / file
+    content = bytearray(path.read_bytes())
+    if harm == "gone":
+        path.unlink()
+    elif harm == "flip":
+        # a digit of JSON stays JSON: only the hash can tell
+        spot = content.index(b'"round": 1') + 9 if file == "state.json" else len(content) - 3
+        content[spot] ^= 1
+        path.write_bytes(content)
+    else:
+        path.write_bytes(content[: len(content) // 2] if harm == "cut" else b"")
+    with pytest.raises(DamagedError):
+        read_checkpoint(folder, example())
+
+
+def test_other_json_is_damage(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 1, example(), {})
+    for text in ("[]", "null", "3", '{"digest": 1}', json.dumps({"format": 9, "digest": ""})):
+        (folder / "state.json").write_text(text)
+        with pytest.raises(DamagedError):
+            read_checkpoint(folder, example())
+
+
+def test_rounds_kept_and_removed(tmp_path: Path) -> None:
+    for round in (1, 2, 10):
+        write_checkpoint(tmp_path, round, example(), {})
+    (tmp_path / ".round-0011.part").mkdir()
+    assert checkpoint_rounds(tmp_path) == [1, 2, 10]
+    remove_checkpoints(tmp_path, {2, 10})
+    assert checkpoint_rounds(tmp_path) == [2, 10]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0002", "round-0010"]
+
+
+def test_a_disk_that_refuses_leaves_the_last_one_whole(tmp_path: Path, monkeypatch) -> None:
+    write_checkpoint(tmp_path, 1, example(), {})
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flexlora.checkpoint.write_durably", full)
+    with pytest.raises(FlexLoraError, match="No space left on device"):
+        write_checkpoint(tmp_path, 2, example(), {})
+    assert checkpoint_rounds(tmp_path) == [1]
+    assert equal(read_checkpoint(checkpoint_folder(tmp_path, 1), example())[0], example())

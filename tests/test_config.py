@@ -1,0 +1,137 @@
+"""The configuration: old and new names, text values as from the command line, one-line errors."""
+
+import subprocess
+import sys
+
+import pytest
+
+from flexlora.config import LEARNING_RATE, Config, alias_table, key_aliases, key_group, make_config, read_config
+from flexlora.types import FlexLoraError
+
+ORIGINAL = {
+    # option of the original document: (value as text, our key, value meant)
+    "global_model": ("m", "model", "m"),
+    "data_path": ("d", "data", "d"),
+    "cache_dir": ("c", "cache_dir", "c"),
+    "output_dir": ("o", "output_dir", "o"),
+    "session_name": ("s", "name", "s"),
+    "seed": ("7", "seed", 7),
+    "client_selection_frac": ("0.25", "participation", 0.25),
+    "num_communication_rounds": ("9", "rounds", 9),
+    "num_clients": ("1613", "num_clients", 1613),
+    "resume_epoch": ("4", "resume_from", 4),
+    "aggregation": ("heavy_tail", "ranks", "heavy_tail"),
+    "baseline": ("slora", "baseline", "slora"),
+    "R_1": ("2", "sparse_rounds", 2),
+    "early_stop": ("False", "early_stop", False),
+    "patience": ("5", "patience", 5),
+    "local_batch_size": ("8", "batch_size", 8),
+    "local_micro_batch_size": ("4", "micro_batch_size", 4),
+    "local_num_epochs": ("3", "epochs", 3),
+    "local_learning_rate": ("1e-6", "learning_rate", 1e-6),
+    "cutoff_len": ("256", "cutoff_len", 256),
+    "warmup": ("10", "warmup", 10),
+    "lr_decay": ("True", "lr_decay", True),
+    "train_on_inputs": ("true", "train_on_inputs", True),
+    "group_by_length": ("true", "group_by_length", True),
+    "prompt_template_name": ("alpaca", "prompt_template", "alpaca"),
+    "lora_r": ("16", "lora_r", 16),
+    "lora_alpha": ("32", "lora_alpha", 32.0),
+    "lora_dropout": ("0.1", "lora_dropout", 0.1),
+    "lora_target_modules": ("[q_proj,v_proj]", "lora_target_modules", ("q_proj", "v_proj")),
+    "lambd": ("0.01", "prune_lambda", 0.01),
+}
+
+
+@pytest.mark.parametrize("old", ORIGINAL)
+def test_original_option_has_its_meaning(old: str) -> None:
+    text, name, meant = ORIGINAL[old]
+    batch = {"local_batch_size": "8"} if name == "micro_batch_size" else {}
+    value = getattr(make_config({old: text, **batch}), name)
+    assert str(value) == str(meant)
+    assert type(value) is type(meant) or str(value) == meant
+
+
+def test_none_as_text_is_null() -> None:
+    assert make_config({"resume_epoch": "None", "name": "null"}).resume_from is None
+
+
+def test_lists_take_commas_and_several_values() -> None:
+    assert make_config({"lora_target_modules": ["q_proj", "k_proj,v_proj"]}).lora_target_modules == (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+    )
+    assert make_config({"method_options": ["eta=0.5", "keep_rank=8"]}).method_options == {"eta": 0.5, "keep_rank": 8}
+
+
+def test_method_and_optimizer_follow() -> None:
+    assert make_config({"ranks": "homo"}).method_name == "fedavg"
+    assert make_config({"ranks": "normal"}).method_name == "flexlora"
+    assert [make_config({"baseline": b}).optimizer for b in ("fedavg", "fedit", "slora")] == ["sgd", "adamw", "adamw"]
+
+
+def test_learning_rate_halves_once_after_round_15() -> None:
+    config = make_config({"lr_decay": True})
+    rates = [config.local_training(r, "chat").learning_rate for r in (1, 15, 16, 40)]
+    full = LEARNING_RATE["adamw"]
+    assert rates == [full, full, full / 2, full / 2]
+    assert make_config({}).local_training(40, "chat").learning_rate == full
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"rouns": 3}, "unknown key rouns: did you mean rounds?"),
+        ({"rounds": "x"}, "rounds: input should be a valid integer"),
+        ({"rounds": 0}, "rounds: input should be greater than or equal to 1"),
+        ({"participation": 1.5}, "participation: input should be less than or equal to 1"),
+        ({"early_stop": "maybe"}, "early_stop: input should be a valid boolean"),
+        ({"name": "../x"}, "name: a name is one folder name"),
+        ({"data": "a", "data_path": "b"}, "data_path is given twice"),
+        ({"baseline": "adam"}, "baseline: input should be 'fedavg', 'fedit' or 'slora'"),
+        ({"method_options": "eta"}, "method_options: write options as name=value"),
+    ],
+)
+def test_bad_values_are_one_line(values: dict, line: str) -> None:
+    with pytest.raises(FlexLoraError) as caught:
+        make_config(values)
+    assert str(caught.value).startswith(line)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"a: [1", "cannot be read as YAML"), (b"- 1", "holds no map"), (b"\xff\xfe", "cannot be read")],
+)
+def test_bad_files_are_one_line(tmp_path, content: bytes, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(FlexLoraError, match=words) as caught:
+        read_config(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_dump_makes_the_same_config_again() -> None:
+    config = make_config({"ranks": {"clients": {0: 4, 1: {"q_proj": 8}}}, "data": "d", "method_options": {"eta": 0.5}})
+    assert make_config(config.dump()).dump() == config.dump()
+
+
+def test_every_key_is_documented_and_grouped() -> None:
+    for name, info in Config.model_fields.items():
+        assert info.description, name
+        assert key_group(name)
+        assert all(alias_table()[alias] == name for alias in key_aliases(name))
+
+
+def test_core_imports_are_light() -> None:
+    code = (
+        "import sys, flexlora, flexlora.config, flexlora.types, flexlora.cli\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'flwr', 'ray'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+        "import flexlora.launch\n"
+        "late = {'flwr', 'ray', 'wandb', 'tensorboard', 'mlflow', 'trackio', 'plotly'} & set(sys.modules)\n"
+        "assert not late, late\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
