@@ -1,0 +1,358 @@
+"""The base model and its adapters: the only file that knows transformers' and PEFT's ways.
+
+One base model stays in memory; `Model.attach` lays any client's factors over it and `Model.read` takes them off again.
+Outside this file the scaling alpha/r is part of B; inside the layers B is PEFT's lora_B, so that training equals PEFT's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flexlora import gguf
+from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt
+from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
+
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Scaling = Literal["alpha_over_r", "rslora"]
+
+
+def scaling(alpha: float, rank: int, kind: Scaling) -> float:
+    """alpha/r (LoRA, arXiv 2106.09685) or alpha/√r (rsLoRA, arXiv 2312.03732); 1 at rank 0, where nothing is scaled."""
+    if rank == 0:
+        return 1.0
+    return alpha / (rank if kind == "alpha_over_r" else math.sqrt(rank))
+
+
+class Model:
+    """A causal language model whose target layers can carry any client's adapter."""
+
+    def __init__(self, network: Any, tokenizer: Any, *, name: str, targets: Sequence[str] = SEVEN_PROJECTIONS) -> None:
+        """Adapts the target layers of `network` in place. Raises FlexLoraError where a target does not exist."""
+        self.network = network
+        self.tokenizer = tokenizer
+        self.name = name
+        network.requires_grad_(False)
+        network.eval()
+        self.fingerprint: str = _fingerprint(network)
+        """Hash of the base weights (a sample of every tensor): the same for the same model in float32 and bfloat16."""
+        self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
+        self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
+        """Module name, as PEFT has it -> (d_out, d_in), in network order."""
+        self._keep: Tensor | None = None
+        network.get_output_embeddings().register_forward_pre_hook(self._select)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.network.config.get_text_config().hidden_size
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self.tokenizer.chat_template is not None
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._layers.values())).weight.device
+
+    def attach(
+        self,
+        adapter: Adapter,
+        *,
+        base_delta: Mapping[str, LowRank] | None = None,
+        scaling: float | Mapping[str, float] = 1.0,
+        dropout: float = 0.0,
+        train: tuple[str, ...] = (),
+    ) -> None:
+        """Lay an adapter over the base model in place of the one before; the tensors are copied, the base is untouched.
+
+        `scaling` is the factor that the layer applies (alpha/r, by module where it is a mapping): lora_B = B / scaling.
+        `base_delta` is one more low-rank term that nothing trains. `train` names the parts that get gradients.
+        Raises FlexLoraError for a module that this model does not adapt or factors that do not fit it.
+        """
+        for module, x in [*adapter.items(), *(base_delta or {}).items()]:
+            shape = x.shape if isinstance(x, Sparse) else (x.B.shape[0], x.A.shape[1])
+            if self.shapes.get(module) != tuple(shape):
+                raise FlexLoraError(
+                    f"the adapter has {module} of shape {tuple(shape)}, the model {self.name} "
+                    f"{self.shapes.get(module, 'does not adapt it')}: check --model and --lora_target_modules"
+                )
+        for module, layer in self._layers.items():
+            x, extra = adapter.get(module), (base_delta or {}).get(module)
+            layer.extra = None
+            if extra is not None and len(extra.A):
+                layer.extra = Factors(self._own(extra.A), self._own(extra.B))
+            if x is None:
+                layer.term = None
+            elif isinstance(x, Sparse):
+                values = self._own(x.values).requires_grad_("values" in train)
+                layer.term = Scattered(values, x.index.to(self.device))
+            else:
+                s = scaling if isinstance(scaling, (int, float)) else scaling[module]
+                A = self._own(x.A).requires_grad_("A" in train and len(x.A) > 0)
+                B = self._own(x.B).div_(s).requires_grad_("B" in train and len(x.A) > 0)
+                layer.term = Factors(A, B, float(s), dropout)
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x.detach().to(self.device, torch.float32, copy=True)
+
+    def read(self) -> Adapter:
+        """The adapter as it is now, on the CPU, with the scaling folded into B; later training does not change it."""
+        result: dict[str, LowRank | Sparse] = {}
+        for module, layer in self._layers.items():
+            term = layer.term
+            if isinstance(term, Factors):
+                B = (term.B.detach() * term.scaling).cpu()
+                result[module] = LowRank(B, term.A.detach().to("cpu", copy=True))
+            elif isinstance(term, Scattered):
+                values, index = term.values.detach().to("cpu", copy=True), term.index.cpu()
+                result[module] = Sparse(values, index, self.shapes[module])
+        return result
+
+    def detach(self) -> None:
+        """Back to the bare base model."""
+        for layer in self._layers.values():
+            layer.term = layer.extra = None
+
+    def factors(self) -> dict[str, Factors]:
+        """The low-rank terms inside the layers, live: PEFT's lora_A and lora_B by module."""
+        return {m: x.term for m, x in self._layers.items() if isinstance(x.term, Factors)}
+
+    def trainable(self) -> list[Tensor]:
+        """The tensors that get gradients, in network order, A before B."""
+        parts: list[Tensor] = []
+        for layer in self._layers.values():
+            if isinstance(layer.term, Factors):
+                parts += [layer.term.A, layer.term.B]
+            elif isinstance(layer.term, Scattered):
+                parts.append(layer.term.values)
+        return [x for x in parts if x.requires_grad]
+
+    def logits(self, input_ids: Tensor, keep: Tensor) -> Tensor:
+        """(n, vocabulary) logits at the n positions `keep` of the flattened (batch, length) input.
+
+        Sequences start at the left edge and may be padded on the right with anything: no token sees what comes after it.
+        """
+        with self._only(keep):
+            return self.network(input_ids=input_ids, use_cache=False).logits[0]
+
+    @contextmanager
+    def _only(self, keep: Tensor) -> Iterator[None]:
+        self._keep = keep
+        try:
+            yield
+        finally:
+            self._keep = None
+
+    def _select(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        # In front of the output layer, so that what an architecture does to its logits afterwards still happens.
+        if self._keep is None:
+            return None
+        return (inputs[0].flatten(0, -2)[self._keep].unsqueeze(0),)
+
+
+def _target_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+    """Linear layers whose name is a target or ends in ".target", as PEFT matches them; never the output layer."""
+    output = network.get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    linear = {m: x for m, x in network.named_modules() if type(x) is nn.Linear and x is not output}
+    found = {m: x for m, x in linear.items() if any(m == t or m.endswith(f".{t}") for t in targets)}
+    missing = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in found)]
+    if missing or not found:
+        have = ", ".join(dict.fromkeys(m.rsplit(".", 1)[-1] for m in linear)) or "none"
+        raise FlexLoraError(
+            f"--lora_target_modules: the model has no linear layer {', '.join(missing) or '(none given)'}; it has {have}"
+        )
+    return found
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Names, shapes and 64 evenly spaced entries of every weight, rounded to bfloat16 so that precision is no difference."""
+    digest = hashlib.sha256()
+    for name, weight in network.named_parameters():
+        flat = weight.detach().view(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(weight.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_model(
+    name: str,
+    *,
+    targets: Sequence[str] = SEVEN_PROJECTIONS,
+    cache_dir: Path | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a base model: a Hugging Face name, a local folder, a GGUF file, or "smollm2" (the packaged default).
+
+    `precision` is float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 on a GPU. Weights are read from
+    safetensors only. Raises FlexLoraError where the model or a target module cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    dtype = DTYPES[precision if precision != "auto" else ("bfloat16" if place.type == "cuda" else "float32")]
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        source = name
+        if name == "smollm2":
+            source = str(gguf.converted(gguf.smollm2_file(), cache_dir))
+        elif name.endswith(".gguf"):
+            if not Path(name).is_file():
+                raise FlexLoraError(f"--model {name}: there is no such file")
+            source = str(gguf.converted(Path(name), cache_dir))
+        where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
+        tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+        network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FlexLoraError(
+            f"--model {name}: cannot be loaded ({reason}); give a folder with config.json, safetensors and a tokenizer, "
+            "a GGUF file, or smollm2"
+        ) from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # what generation needs; training pads by itself
+    return Model(network.to(place), tokenizer, name=name, targets=targets)
+
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+
+
+def save_adapter(
+    folder: str | Path,
+    adapter: Mapping[str, LowRank],
+    *,
+    base_model: str,
+    kind: Scaling = "alpha_over_r",
+    alpha: float = 16.0,
+    readme: str | None = None,
+) -> None:
+    """Write an adapter in PEFT's format, ranks by module in rank_pattern; `PeftModel.from_pretrained` loads it.
+
+    B is divided by the scaling that PEFT will apply. A module of rank 0 is left out, as PEFT knows none; where all are,
+    they are written at rank 1 with zeros.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {m: x for m, x in adapter.items() if len(x.A)}
+    if not kept:
+        kept = {m: LowRank(x.B.new_zeros(len(x.B), 1), x.A.new_zeros(1, x.A.shape[1])) for m, x in adapter.items()}
+    tensors: dict[str, Tensor] = {}
+    for module, x in kept.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = x.A.contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = (x.B / scaling(alpha, len(x.A), kind)).contiguous()
+    ranks = {m: len(x.A) for m, x in kept.items()}
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": common,
+        "lora_alpha": alpha,
+        "use_rslora": kind == "rslora",
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": list(ranks),
+        "rank_pattern": {m: r for m, r in ranks.items() if r != common},
+        "alpha_pattern": {},
+    }
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if readme is not None:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, LowRank]:
+    """Read a PEFT LoRA folder, each module's scaling folded into B. Only safetensors and JSON are read.
+
+    Raises FlexLoraError for a folder that is no plain LoRA adapter, or does not fit `shapes` where they are given.
+    """
+    folder = Path(folder)
+    if not (folder / WEIGHTS).is_file():
+        pickled = (folder / "adapter_model.bin").is_file()
+        remedy = (
+            f"save it again with safe_serialization, .bin files are never opened; {WEIGHTS}" if pickled else WEIGHTS
+        )
+        raise FlexLoraError(f"{folder}: no adapter in safetensors here: {remedy} is needed")
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise FlexLoraError(
+            f"{folder}: {CONFIG} or {WEIGHTS} cannot be read ({error}); save the adapter again"
+        ) from error
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
+        raise FlexLoraError(
+            f"{folder}/{CONFIG}: only plain LoRA without DoRA and bias can be read; train such an adapter"
+        )
+    adapter: dict[str, LowRank] = {}
+    for key, A in tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            if not (key.endswith(".lora_B.weight") and key.replace(".lora_B.", ".lora_A.") in tensors):
+                raise FlexLoraError(
+                    f"{folder}/{WEIGHTS}: {key} is no LoRA factor; only plain LoRA adapters can be read"
+                )
+            continue
+        module = key.removeprefix(_PREFIX).removesuffix(".lora_A.weight")
+        B = tensors.get(key.replace(".lora_A.", ".lora_B."))
+        if B is None or B.ndim != 2 or A.ndim != 2 or B.shape[1] != A.shape[0]:
+            raise FlexLoraError(
+                f"{folder}/{WEIGHTS}: {module} has no lora_B that fits its lora_A; save the adapter again"
+            )
+        if shapes is not None and shapes.get(module) != (B.shape[0], A.shape[1]):
+            raise FlexLoraError(
+                f"{folder}/{WEIGHTS}: {module} of shape {(B.shape[0], A.shape[1])} does not fit the model "
+                f"({shapes.get(module, 'not adapted')}); use the base model {config.get('base_model_name_or_path')}"
+            )
+        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+        kind = "rslora" if config.get("use_rslora") else "alpha_over_r"
+        adapter[module] = LowRank(B.float() * scaling(alpha, len(A), kind), A.float())
+    return adapter
+
+
+def _pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """PEFT's rule without its regular expressions: a key is a module's whole name or its last parts."""
+    for key, value in pattern.items():
+        name = key.removeprefix("^")
+        if module == name or module.endswith(f".{name}"):
+            return value
+    return default
+
+
+def save_merged(
+    model: Model, adapter: Mapping[str, LowRank], base_delta: Mapping[str, LowRank], folder: str | Path
+) -> None:
+    """Write a standalone Hugging Face folder whose weights are W + base_delta + B A, with the tokenizer; `model` is left as is."""
+    network = model.network
+    state = dict(network.state_dict())
+    for module in model.shapes:
+        terms = [x for x in (adapter.get(module), base_delta.get(module)) if x is not None and len(x.A)]
+        if terms:
+            weight = state[f"{module}.weight"]
+            delta = sum(((x.B.double() @ x.A.double()) for x in terms), torch.zeros(()))
+            state[f"{module}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
+    network.save_pretrained(folder, state_dict=state)
+    model.tokenizer.save_pretrained(folder)
