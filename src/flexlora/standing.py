@@ -125,8 +125,17 @@ def first_standing(setup: Setup) -> Standing:
 
 
 def start_from(setup: Setup, state: Any, start: Mapping[str, LowRank]) -> Any:
-    """The state whose global delta weight is the adapter: as if one client had answered with it."""
-    name = setup.config.method_name
+    """The state whose global delta weight is the adapter's best approximation at the largest ranks of the run.
+
+    As if one client had answered with it, in factors without dead directions.
+    """
+    name, seed = setup.config.method_name, setup.config.seed
+    top = ranks.largest(setup.table.values())
+    start = {
+        m: lowrank.at_rank(lowrank.svd(x, top[m]), top[m], seed=seed, module=m, round=0)
+        for m, x in start.items()
+        if m in top
+    }
     nothing = {m: LowRank(torch.zeros_like(x.B), torch.zeros_like(x.A)) for m, x in start.items()}
     remedy = "start without --init_adapter, or with --method flexlora"
     try:
