@@ -1,0 +1,235 @@
+"""Local training: what one client does in one round.
+
+The loss of an optimiser step is the negative log likelihood summed over the label tokens of its batch, divided by the
+number of label tokens of the WHOLE batch, so that neither micro-batches nor padding change it. The learning rate goes
+linearly up over `warmup` steps and linearly down to zero over the rest, inside this local run, and gradients are
+clipped to norm 1: the defaults of `transformers.Trainer`, as are AdamW's (betas .9 and .999, eps 1e-8, no decay).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexlora.adapted import Factors
+from flexlora.modeling import Model, scaling
+from flexlora.randomness import derive, generator
+from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
+
+MAX_GRAD_NORM = 1.0
+GROUP = 8
+"""Batches that group_by_length sorts together: lengths are alike inside a batch, order and company stay random."""
+
+
+class Tokens(Protocol):
+    """One tokenised example, as `flexlora.prompts.Encoded`."""
+
+    @property
+    def input_ids(self) -> Sequence[int]: ...
+    @property
+    def response_start(self) -> int: ...
+    @property
+    def cut(self) -> int: ...
+
+
+class MicroBatch(NamedTuple):
+    """Examples of one forward pass, padded on the right: no token sees the padding, so there is no mask."""
+
+    input_ids: Tensor
+    """(examples, length)"""
+    keep: Tensor
+    """(n,) positions in the flattened input whose next token is a label, ascending."""
+    labels: Tensor
+    """(n,)"""
+
+
+def collate(examples: Sequence[Tokens], train_on_inputs: bool, device: torch.device | str = "cpu") -> MicroBatch:
+    """Labels are the response tokens, with `train_on_inputs` all tokens but the first, which nothing predicts."""
+    length = max(len(x.input_ids) for x in examples)
+    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
+    keep: list[Tensor] = []
+    labels: list[Tensor] = []
+    for row, x in enumerate(examples):
+        ids = torch.tensor(x.input_ids, dtype=torch.long)
+        input_ids[row, : len(ids)] = ids
+        first = 1 if train_on_inputs else max(1, x.response_start)
+        labels.append(ids[first:])
+        keep.append(torch.arange(first, len(ids)) + (row * length - 1))
+    return MicroBatch(input_ids.to(device), torch.cat(keep).to(device), torch.cat(labels).to(device))
+
+
+def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
+    return len(example.input_ids) - (1 if train_on_inputs else max(1, example.response_start))
+
+
+def loss_sum(model: Model, batch: MicroBatch) -> Tensor:
+    """Negative log likelihood in nats, summed over the labels of one micro-batch."""
+    return F.cross_entropy(model.logits(batch.input_ids, batch.keep).float(), batch.labels, reduction="sum")
+
+
+def batches(lengths: Sequence[int], training: LocalTraining, seed: int) -> list[list[int]]:
+    """Which examples each optimiser step sees, epoch after epoch; the last batch of an epoch may be smaller."""
+    size, steps = training.batch_size, []
+    for epoch in range(training.epochs):
+        draw = generator(seed, "order", epoch)
+        order = torch.randperm(len(lengths), generator=draw).tolist()
+        if training.group_by_length:
+            span = GROUP * size
+            order = [
+                i for a in range(0, len(order), span) for i in sorted(order[a : a + span], key=lambda i: -lengths[i])
+            ]
+        cuts = [order[a : a + size] for a in range(0, len(order), size)]
+        if training.group_by_length:
+            cuts = [cuts[j] for j in torch.randperm(len(cuts), generator=draw).tolist()]
+        steps += cuts
+    return steps
+
+
+def learning_rate(step: int, steps: int, training: LocalTraining) -> float:
+    """Rate of optimiser step `step` (from 0) of `steps`: transformers' linear schedule with warm-up."""
+    if step < training.warmup:
+        return training.learning_rate * step / training.warmup
+    return training.learning_rate * max(0, steps - step) / max(1, steps - training.warmup)
+
+
+def train_client(
+    model: Model,
+    task: TrainTask,
+    examples: Sequence[Tokens],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> ClientUpdate:
+    """Train the adapter of `task` on a client's examples; the model is bare again afterwards.
+
+    `progress` is called with (steps done, steps) after every optimiser step. The result depends on the task alone:
+    order and dropout come from its seed, and the global random state is left as it was. Raises ValueError where there
+    is no example or no label token.
+    """
+    start = time.perf_counter()
+    training, rule = task.training, task.download.rule
+    labels = [label_tokens(x, training.train_on_inputs) for x in examples]
+    if not sum(labels):
+        raise ValueError(f"client {task.client} has no training example with a label token")
+    scales = {
+        m: scaling(training.alpha, len(x.A), training.scaling)
+        for m, x in task.download.adapter.items()
+        if isinstance(x, LowRank)
+    }
+    model.attach(
+        task.download.adapter,
+        base_delta=task.download.base_delta,
+        scaling=scales,
+        dropout=training.dropout,
+        train=rule.train,
+    )
+    steps = batches([len(x.input_ids) for x in examples], training, task.seed)
+    tails = _Tails(model.factors(), rule.prune) if rule.prune else None
+    optimizer = _optimizer(model.trainable(), training)
+    losses: list[float] = []
+    try:
+        with _seeded(model, derive(task.seed, "dropout")):
+            for step, chosen in enumerate(steps):
+                count = sum(labels[i] for i in chosen)
+                if count:
+                    losses.append(_backward(model, [examples[i] for i in chosen], count, training))
+                if tails:
+                    tails.penalty().backward()
+                _step(optimizer, learning_rate(step, len(steps), training))
+                if progress:
+                    progress(step + 1, len(steps))
+        adapter = model.read()
+        if tails:
+            adapter = tails.cut(adapter)
+    finally:
+        model.detach()
+    metrics = {
+        "train_loss": sum(losses) / len(losses),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "examples": len(examples),
+        "steps": len(steps),
+        "tokens": training.epochs * sum(len(x.input_ids) for x in examples),
+        "label_tokens": training.epochs * sum(labels),
+        "cut": sum(x.cut for x in examples),
+        "seconds": time.perf_counter() - start,
+    }
+    return ClientUpdate(task.client, float(len(examples)), adapter, scaling=scales, metrics=metrics)
+
+
+def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining) -> float:
+    """Add the gradients of one batch, micro-batch after micro-batch of like lengths; returns its loss."""
+    chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
+    total = torch.zeros((), device=model.device)
+    for a in range(0, len(chosen), training.micro_batch_size):
+        part = collate(chosen[a : a + training.micro_batch_size], training.train_on_inputs, model.device)
+        if len(part.labels):
+            loss = loss_sum(model, part) / count
+            loss.backward()
+            total += loss.detach()
+    return total.item()
+
+
+def _optimizer(parameters: list[Tensor], training: LocalTraining) -> torch.optim.Optimizer:
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=training.learning_rate)
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
+
+
+def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    (group,) = optimizer.param_groups
+    torch.nn.utils.clip_grad_norm_(group["params"], MAX_GRAD_NORM)
+    group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def _seeded(model: Model, seed: int) -> Iterator[None]:
+    """Training mode, with the global generators at `seed` and restored afterwards: dropout takes no generator."""
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        model.network.train()
+        try:
+            yield
+        finally:
+            model.network.eval()
+
+
+class _Tails:
+    """HetLoRA's self-pruning (arXiv 2401.06432): the directions from ⌊γr⌋ on are penalised and dropped if they fade.
+
+    The product of norms is of PEFT's lora_B, without the scaling; the choice whether it shrank does not depend on it.
+    """
+
+    def __init__(self, factors: Mapping[str, Factors], prune: tuple[float, float, int]) -> None:
+        self.weight, gamma, self.smallest = prune
+        self.factors = {m: (x, int(gamma * len(x.A) + 1e-9)) for m, x in factors.items() if len(x.A)}
+        with torch.no_grad():
+            self.before = self._products()
+
+    def _products(self) -> dict[str, Tensor]:
+        return {m: x.B[:, k:].norm() * x.A[k:].norm() for m, (x, k) in self.factors.items()}
+
+    def penalty(self) -> Tensor:
+        """λ Σ ‖B[:, ⌊γr⌋:]‖_F ‖A[⌊γr⌋:, :]‖_F over the modules."""
+        return self.weight * torch.stack(list(self._products().values())).sum()
+
+    def cut(self, adapter: Adapter) -> Adapter:
+        """`adapter` with r ← max(smallest, ⌊γr⌋) in the modules whose product is smaller than before training."""
+        with torch.no_grad():
+            after = self._products()
+        result = dict(adapter)
+        for module, (factors, k) in self.factors.items():
+            x = adapter[module]
+            assert isinstance(x, LowRank)
+            if after[module] < self.before[module]:
+                r = min(len(factors.A), max(self.smallest, k))
+                result[module] = LowRank(x.B[:, :r].clone(), x.A[:r].clone())
+        return result
