@@ -137,7 +137,7 @@ class LocalTraining:
     warmup: int = 0
     """Optimiser steps of linear warm-up inside this local run."""
     cutoff_len: int = 512
-    """Tokens of an example; a longer one loses the beginning of its prompt, never its answer."""
+    """Tokens of an example; a longer one loses the middle of its prompt, never its answer."""
     train_on_inputs: bool = True
     """True: the loss counts prompt and response; False: the response only."""
     group_by_length: bool = False
