@@ -1,0 +1,80 @@
+"""Writing a federation: a folder appears complete or not at all, and the same input gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from flexlora.data.federation import GLOBAL_TEST, KINDS, permutation
+from flexlora.data.records import Record, to_json
+from flexlora.types import FlexLoraError
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` at the end; after an error nothing of it is left.
+
+    Raises FlexLoraError where `out` exists.
+    """
+    if out.exists() or out.is_symlink():
+        raise FlexLoraError(f"--out {out}: exists already: choose another folder or remove it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise FlexLoraError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+    try:
+        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives 0700
+        yield temporary
+        temporary.rename(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_records(path: Path, records: Sequence[Record]) -> None:
+    """A JSON list, one record a line."""
+    lines = ",\n".join(json.dumps(to_json(record), ensure_ascii=False) for record in records)
+    path.write_text(f"[\n{lines}\n]\n" if records else "[]\n", encoding="utf-8", newline="\n")
+
+
+def write_client(folder: Path, client: int, parts: Sequence[Sequence[Record]]) -> None:
+    """The training, eval and test file of one client."""
+    for kind, records in zip(KINDS, parts, strict=True):
+        write_records(folder / f"local_{kind}_{client}.json", records)
+
+
+def write_global_test(folder: Path, records: Sequence[Record]) -> None:
+    """Nothing where there are no held-out examples: the file is optional."""
+    if records:
+        write_records(folder / GLOBAL_TEST, records)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, ensure_ascii=False, indent=1, sort_keys=True)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def split(records: Sequence[Record], seed: int, *purpose: str | int) -> tuple[list[Record], list[Record], list[Record]]:
+    """80 % training, 10 % eval, 10 % test, in seeded order.
+
+    Of n records, round(n / 10) each go to eval and test, at least one each where three or more are there; all others,
+    and at least one, to training.
+    """
+    shuffled = [records[place] for place in permutation(len(records), seed, "split", *purpose)]
+    held = max(1, (len(shuffled) + 5) // 10) if len(shuffled) >= 3 else 0
+    return shuffled[2 * held :], shuffled[:held], shuffled[held : 2 * held]
