@@ -9,6 +9,7 @@ Which way a decomposition goes, and what was measured to decide it, stands in do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -16,6 +17,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from flexlora import leading
 from flexlora.randomness import generator
 from flexlora.types import LowRank
 
@@ -221,34 +223,24 @@ def _factored_gram(x: LowRank, k: int) -> Spectrum | None:
     L, failed = torch.linalg.cholesky_ex(A @ A.T)
     if failed.item():
         return None
-    BL = B @ L
-    S2, Z = _leading(BL.T @ BL, k)
-    if not _sound(S2):
+    BL = B @ L  # has the singular values and left directions of B A
+    found = _by_gram(BL.T, k)
+    if found is None:
         return None
-    S = S2.sqrt()
+    Z, S, Ut = found
     # rows of Z' L^-1 A are orthonormal as far as A is well conditioned: looked at, not assumed
     Vt = torch.linalg.solve_triangular(L.T, Z, upper=True).T @ A
     if (Vt @ Vt.T - torch.eye(k, dtype=Vt.dtype, device=Vt.device)).abs().max() > 1e-9:
         return None
-    return Spectrum(BL @ Z / S, S, Vt)
+    return Spectrum(Ut.T, S, Vt)
 
 
 def _dense_gram(W: Tensor, k: int) -> Spectrum | None:
-    """The leading eigenvectors of W Wᵀ, W taken with its shorter side first."""
+    """By the Gram matrix of the shorter side. None where nearly all directions are asked for and some are small."""
     if W.shape[0] > W.shape[1]:
         found = _dense_gram(W.T, k)
         return None if found is None else Spectrum(found.Vt.T, found.S, found.U.T)
-    W = W.double()
-    S2, U = _leading(W @ W.T, k)
-    if _sound(S2):
-        S = S2.sqrt()
-        return Spectrum(U, S, U.T @ W / S[:, None])
-    if k > W.shape[0] // 2:
-        return None
-    # small singular values are asked for: the projection of W on U is decomposed without squaring anything
-    Q, R = torch.linalg.qr((U.T @ W).T)
-    Uk, S, Vt = torch.linalg.svd(R.T)
-    return Spectrum(U @ Uk, S, Vt @ Q.T)
+    return _by_gram(W, k)
 
 
 def _dense_svd(W: Tensor, k: int) -> Spectrum:
@@ -256,14 +248,34 @@ def _dense_svd(W: Tensor, k: int) -> Spectrum:
     return Spectrum(U[:, :k], S[:k], Vt[:k])
 
 
-def _leading(G: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest eigenvalues of a symmetric matrix, descending, and their eigenvectors as columns."""
-    values, vectors = torch.linalg.eigh(G)
-    return values[-k:].flip(0), vectors[:, -k:].flip(1)
+def _by_gram(W: Tensor, k: int) -> Spectrum | None:
+    """The k leading directions of W, shorter side first, from W Wᵀ: by a certified Krylov space where that pays, first
+    in float32, then in float64, else by its whole eigen-decomposition in float64.
 
-
-def _sound(S2: Tensor) -> bool:
-    return bool(S2[-1] > DECAYED**2 * S2[0])
+    Small singular values are read off the projection of W, nothing squared; None where that is no less work than the SVD.
+    """
+    whole = float(torch.linalg.vector_norm(W, dtype=torch.float64))
+    if not whole:
+        return None
+    size = 2.0 ** math.frexp(whole)[1]  # a power of two: dividing by it rounds nothing
+    W = W / size
+    krylov = leading.pays(W.shape[0], k)
+    if krylov and (found := leading.leading(W.float(), leading.gram(W.float()), k)):
+        return Spectrum(found[0], found[1] * size, found[2])
+    W = W.double()
+    G = leading.gram(W)
+    if krylov and (found := leading.leading(W, G, k)):
+        return Spectrum(found[0], found[1] * size, found[2])
+    S2, U = torch.linalg.eigh(G)
+    S2, U = S2[-k:].flip(0), U[:, -k:].flip(1)
+    if S2[-1] > DECAYED**2 * S2[0]:
+        S = S2.sqrt()
+        return Spectrum(U, S * size, U.T @ W / S[:, None])
+    if 2 * k > W.shape[0]:
+        return None
+    Q, R = torch.linalg.qr((U.T @ W).T)
+    Uk, S, Vt = torch.linalg.svd(R.T)
+    return Spectrum(U @ Uk, S * size, Vt @ Q.T)
 
 
 def _signed(found: Spectrum, dtype: torch.dtype) -> Spectrum:
