@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora import evaluation
+from flexlora import evaluation, generation
 from flexlora.evaluation import exact_match, lcs, loss, rouge_l, score, stops
 from flexlora.prompts import CHAT, Encoded, Record, Template, encode_all, encode_prompts, load_template
 from tiny import tiny_model
@@ -65,7 +65,7 @@ def test_loss_of_nothing(tiny):
 
 def test_logits_in_memory_are_bounded(tiny, monkeypatch):
     network, tokenizer = tiny
-    monkeypatch.setattr(evaluation, "LOGITS", 100 * 259)
+    monkeypatch.setattr(generation, "LOGITS", 100 * 259)
     seen: list[int] = []
     hook = network.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2].numel()))
     examples = some_examples(30)
@@ -142,11 +142,21 @@ def scored(network, tokenizer, template: Template = CHAT, batch_size: int = 3, r
     return score(network, tokenizer, records, template, batch_size=batch_size, **settings)
 
 
-@pytest.mark.parametrize("template", ["chat", "alpaca"])
-def test_scores_equal_the_slow_way(tiny, template):
+@pytest.mark.parametrize(("template", "cutoff"), [("chat", 400), ("alpaca", 400), ("chat", 60), ("no slots", 400)])
+def test_scores_equal_the_slow_way(tiny, monkeypatch, template, cutoff):
     network, tokenizer = tiny
+    if template == "no slots":
+        template = "chat"
+        monkeypatch.setattr(evaluation, "has_slots", lambda _: False)
     template = load_template(template)
-    new, cutoff = 10, 400
+    new = 10
+    room = encode_prompts(RECORDS, template, tokenizer, cutoff, new)
+    cut = [
+        list(e.input_ids[: e.response_start]) != p
+        for e, p in zip(encode_all(RECORDS, template, tokenizer, cutoff), room, strict=True)
+    ]
+    assert any(cut) is (cutoff < 100)
+    assert not all(cut)
     expected = []
     for record, prompt, example in zip(
         RECORDS,
@@ -177,8 +187,8 @@ def test_scores_equal_the_slow_way(tiny, template):
 
 def test_means_over_examples_and_over_tasks(tiny, monkeypatch):
     network, tokenizer = tiny
-    answers = ["dcba", "no", "one", "second", "ba"]
-    monkeypatch.setattr(evaluation, "generate", lambda *_, **__: answers)
+    answers, read = ["dcba", "no", "one", "second", "ba"], evaluation.generate_and_read
+    monkeypatch.setattr(evaluation, "generate_and_read", lambda *a, **k: (answers, *read(*a, **k)[1:]))
     result = scored(network, tokenizer)
     assert result.rougeL == pytest.approx((1 + 0 + 1 + 2 / 3 + 1) / 5)
     assert result.rougeL_by_task == pytest.approx((2 / 3 + 1 + 2 / 3) / 3)

@@ -15,18 +15,23 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-from flexlora.generation import READ_TOKENS, generate, inference, logits_at, stream
+from flexlora.generation import (
+    generate,
+    generate_and_read,
+    has_slots,
+    inference,
+    likeliest_tokens,
+    logits_at,
+    pass_tokens,
+    stream,
+    token_nll,
+)
 from flexlora.prompts import Encoded, Record, Template, encode_all, encode_prompts, end_of_turn, extract_response
 
 __all__ = ["Loss", "Scores", "exact_match", "generate", "loss", "rouge_l", "score", "stops", "stream"]
 
-LOGITS = 2**27
-"""Logits of one forward pass at most (512 MB in float32), one example at least."""
-PIECE = 256
-"""Positions whose logits are normalised at a time."""
 RELEASE_PAD_LABEL = 1829
 """The token that the FlexLoRA release puts where a label is padding, before it decodes labels."""
 
@@ -74,11 +79,8 @@ def _read(
     nll, count = [0.0] * len(examples), [0] * len(examples)
     likeliest: list[list[int]] = [[] for _ in examples]
     device = next(network.parameters()).device
-    head: nn.Module = network.get_output_embeddings()  # pyright: ignore[reportCallIssue, reportAssignmentType]
-    vocabulary = int(head.weight.shape[0])  # pyright: ignore[reportAttributeAccessIssue, reportIndexIssue, reportArgumentType]
-    most = max(1, min(READ_TOKENS, LOGITS // vocabulary))
     with inference(network):
-        for batch in _batches([len(e.input_ids) for e in examples], batch_size, most):
+        for batch in _batches([len(e.input_ids) for e in examples], batch_size, pass_tokens(network)):
             rows = [list(examples[i].input_ids) for i in batch]
             longest = max(map(len, rows))
             # padding stands to the right, where causal attention never looks: no mask is needed
@@ -90,19 +92,13 @@ def _read(
                 where[k, start - 1 : len(rows[k]) - 1] = True
             with logits_at(network, where) as hidden:
                 logits = network(input_ids=ids, use_cache=False).logits[0]
-            labels = ids.roll(-1, 1)[where]
-            each = torch.cat([_nll(*pair) for pair in zip(logits.split(PIECE), labels.split(PIECE), strict=True)])
+            each = token_nll(logits, ids.roll(-1, 1)[where])
             for i, part in zip(batch, each.split([count[i] for i in batch]), strict=True):
                 nll[i] = part.sum().item()
             if teacher_forced:
-                best = torch.cat([head.forward(h).argmax(-1) for h in hidden[0].flatten(0, 1).split(PIECE)])
-                for i, row, tokens in zip(batch, rows, best.view_as(ids).tolist(), strict=True):
-                    likeliest[i] = tokens[: len(row)]
+                for i, row, best in zip(batch, rows, likeliest_tokens(network, hidden[0]), strict=True):
+                    likeliest[i] = best[: len(row)]
     return Loss(nll, count), likeliest
-
-
-def _nll(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), labels, reduction="none").double()
 
 
 def _batches(lengths: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
@@ -254,16 +250,23 @@ def score(
     examples = encode_all(records, template, tokenizer, cutoff_len)
     prompts = encode_prompts(records, template, tokenizer, cutoff_len, max_new_tokens)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    measured, likeliest = _read(network, examples, batch_size, False, pad_id, teacher_forced=True)
-    texts = generate(
-        network,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        stop=stops(template, tokenizer),
-        progress=progress,
-    )
+    ending = {"max_new_tokens": max_new_tokens, "stop": stops(template, tokenizer), "progress": progress}
+    if has_slots(network):
+        # One reading serves both, but where a prompt is cut more for the answer to come than for the true one.
+        alone = [i for i, e in enumerate(examples) if list(e.input_ids[: e.response_start]) != prompts[i]]
+        answers = [() if i in alone else e.input_ids[e.response_start :] for i, e in enumerate(examples)]
+        texts, sums, likeliest = generate_and_read(
+            network, tokenizer, prompts, answers, batch_size=batch_size, **ending
+        )
+        tokens = [len(answer) for answer in answers]
+    else:
+        alone = list(range(len(examples)))
+        sums, tokens, likeliest = [0.0] * len(alone), [0] * len(alone), [[0]] * len(alone)
+        texts = generate(network, tokenizer, prompts, batch_size=batch_size, **ending)
+    rest, rest_likeliest = _read(network, [examples[i] for i in alone], batch_size, False, pad_id, teacher_forced=True)
+    for k, i in enumerate(alone):
+        sums[i], tokens[i], likeliest[i] = rest.sums[k], rest.tokens[k], rest_likeliest[k]
+    measured = Loss(sums, tokens)
     predictions: list[dict[str, Any]] = []
     for record, text, nll, tokens in zip(records, texts, measured.sums, measured.tokens, strict=True):
         prediction = extract_response(template, text)

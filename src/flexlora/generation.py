@@ -10,20 +10,25 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 FORWARD_COST = 32
 """What one forward pass costs beyond its tokens, in tokens: measured on two cores with 135 M parameters."""
 READ_TOKENS = 2048
-"""Tokens of one reading pass at most (or one row): bounds activations and logits."""
+"""Tokens of one reading pass at most (or one row): bounds activations."""
+LOGITS = 2**27
+"""Logits of one pass at most (512 MB in float32), or those of one row."""
+PIECE = 256
+"""Positions whose logits are looked at together."""
 
 
 @contextmanager
@@ -60,6 +65,23 @@ def logits_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
 
 def _head(network: nn.Module) -> nn.Module:
     return network.get_output_embeddings()  # pyright: ignore[reportCallIssue, reportReturnType]
+
+
+def pass_tokens(network: nn.Module) -> int:
+    """Tokens of one reading pass at most."""
+    return max(1, min(READ_TOKENS, LOGITS // int(_head(network).weight.shape[0])))  # pyright: ignore
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log likelihood (n,) in float64 of `labels` (n,) under `logits` (n, vocabulary)."""
+    pieces = zip(logits.split(PIECE), labels.split(PIECE), strict=True)
+    return torch.cat([F.cross_entropy(x.float(), y, reduction="none").double() for x, y in pieces])
+
+
+def likeliest_tokens(network: nn.Module, hidden: Tensor) -> list[list[int]]:
+    """The likeliest next token at every position of the output layer's input (b, t, d), logits held piece by piece."""
+    best = [_head(network).forward(piece).argmax(-1) for piece in hidden.flatten(0, 1).split(PIECE)]
+    return torch.cat(best).view(hidden.shape[:2]).tolist()
 
 
 class _Slots(Cache):
@@ -126,7 +148,11 @@ class Row:
     last: int
     """Token to read next."""
     tokens: list[int] = field(default_factory=list)
-    """New tokens so far, without the one that ends the text."""
+    """New tokens so far, with the one that ends the text."""
+    nll: float = 0.0
+    """Of the true answer, summed, where it was read."""
+    likeliest: list[int] = field(default_factory=list)
+    """The likeliest next token at each position of prompt and true answer, where it was read."""
 
 
 @dataclass(frozen=True)
@@ -158,14 +184,20 @@ def cheapest_cuts(count: int, longest: int, cost: Callable[[int, int], float]) -
     return pieces[::-1]
 
 
-def plan(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Chunk]:
-    """Which prompts to read together, in which order: the fewest tokens, padding and passes counted."""
+def plan(
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    answers: Sequence[Sequence[int]] | None = None,
+    most: int = READ_TOKENS,
+) -> list[Chunk]:
+    """Which prompts to read together, in which order: the fewest tokens, padding and passes counted.
+
+    `answers` are read behind their prompts; `most` tokens, with padding, go into one pass.
+    """
     order = sorted(range(len(prompts)), key=lambda i: tuple(prompts[i]))
     length = [len(prompts[i]) for i in order]
     shared = [0] + [common(prompts[a], prompts[b]) for a, b in pairwise(order)]
-    total = [0]
-    for n in length:
-        total.append(total[-1] + n)
+    total = [0, *accumulate(length)]
 
     def prefix(i: int, j: int) -> int:
         """Common beginning of the sorted prompts i to j-1; one token at least stays for the reading of each."""
@@ -178,14 +210,14 @@ def plan(prompts: Sequence[Sequence[int]], batch_size: int) -> list[Chunk]:
     chunks: list[Chunk] = []
     for i, j in cheapest_cuts(len(order), 4 * batch_size, group_cost):
         once = prefix(i, j)
-        members = sorted(order[i:j], key=lambda k: len(prompts[k]))
-        rest = [len(prompts[k]) - once for k in members]
+        rest = {k: len(prompts[k]) - once + (len(answers[k]) if answers else 0) for k in order[i:j]}
+        members = sorted(rest, key=lambda k: (rest[k], k))
 
-        def chunk_cost(a: int, b: int, rest: Sequence[int] = rest) -> float:
-            tokens = (b - a) * rest[b - 1]
-            return tokens + FORWARD_COST if tokens <= READ_TOKENS or b - a == 1 else float("inf")
+        def pass_cost(a: int, b: int, rest: Mapping[int, int] = rest, members: Sequence[int] = members) -> float:
+            tokens = (b - a) * rest[members[b - 1]]
+            return tokens + FORWARD_COST if tokens <= most or b - a == 1 else float("inf")
 
-        chunks += [Chunk(once, tuple(members[a:b])) for a, b in cheapest_cuts(len(members), batch_size, chunk_cost)]
+        chunks += [Chunk(once, tuple(members[a:b])) for a, b in cheapest_cuts(len(members), batch_size, pass_cost)]
     return chunks
 
 
@@ -200,33 +232,46 @@ class Decoder:
         max_new_tokens: int,
         batch_size: int,
         finished: Callable[[list[int]], bool],
+        answers: Sequence[Sequence[int]] | None = None,
     ) -> None:
-        """`finished` sees a row's new tokens after each one; True takes the row out."""
-        self.network, self.prompts, self.finished = network, prompts, finished
-        self.max_new_tokens = max_new_tokens
+        """`finished` sees a row's new tokens after each one; True takes the row out.
+
+        With `answers` each prompt is read together with its true answer, whose likelihood and the likeliest token at
+        each position go into the `Row`; decoding then overwrites the answer's slots.
+        """
+        self.network, self.prompts, self.finished, self.answers = network, prompts, finished, answers
+        self.max_new_tokens, self.batch_size = max_new_tokens, min(batch_size, len(prompts))
         self.rows: list[Row] = []
-        self.batch_size = min(batch_size, len(prompts))
+        behind = [max_new_tokens] * len(prompts) if answers is None else [max(max_new_tokens, len(a)) for a in answers]
         # one more row holds the beginning that a group of prompts shares
-        self.slots = _Slots(self.batch_size + 1, max(map(len, prompts)) + max_new_tokens)
+        length = max(len(p) + n for p, n in zip(prompts, behind, strict=True))
+        self.slots = _Slots(self.batch_size + 1, length)
         self.device = next(network.parameters()).device
         self.dtype = next(network.parameters()).dtype
-        self.begun: Sequence[int] = ()
+        self.begun: list[int] = []
+        """The tokens in the shared row."""
+        self.begun_likeliest: list[int] = []
 
-    def _forward(self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int], keep: bool) -> list[int]:
-        """Read `tokens` of rows first, first+1, … from positions `starts` on; the next token of each where `keep`."""
+    def _read(
+        self, first: int, tokens: Sequence[Sequence[int]], starts: Sequence[int], keep: Sequence[range]
+    ) -> tuple[Tensor, Tensor]:
+        """Read `tokens` of rows first, first+1, … from positions `starts` on.
+
+        Returns the logits (n, vocabulary) at the places `keep` of each row's tokens, and all hidden states.
+        """
         longest = max(map(len, tokens))
         ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=self.device)
         positions = torch.tensor(starts, device=self.device)[:, None] + torch.arange(longest, device=self.device)
-        width = max(starts) + longest
+        # padding may reach beyond the last slot: it shares that slot, which a row fills before it looks at it
+        positions.clamp_(max=self.slots.length - 1)
+        width = min(max(starts) + longest, self.slots.length)
         slot = torch.arange(width, device=self.device)
         mask = torch.zeros(len(tokens), 1, longest, width, dtype=self.dtype, device=self.device)
         mask.masked_fill_((slot > positions[:, :, None])[:, None], torch.finfo(self.dtype).min)
         where = torch.zeros_like(ids, dtype=torch.bool)
-        last = torch.tensor([len(row) - 1 for row in tokens], device=self.device)
-        where[torch.arange(len(tokens), device=self.device), last] = True
-        if not keep:
-            where[1:] = False
-        with logits_at(self.network, where):
+        for row, places in enumerate(keep):
+            where[row, places.start : places.stop] = True
+        with logits_at(self.network, where) as hidden:
             logits = self.network(
                 input_ids=ids,
                 attention_mask=mask,
@@ -234,28 +279,49 @@ class Decoder:
                 past_key_values=self.slots.at(first, positions, width),
                 use_cache=True,
             ).logits
-        return logits[0].argmax(-1).tolist()
+        return logits[0], hidden[0]
+
+    def _begin(self, beginning: Sequence[int]) -> None:
+        """Have the shared row hold `beginning`, reading only what it does not hold yet."""
+        held = common(self.begun, beginning)
+        if held < len(beginning):
+            _, hidden = self._read(self.batch_size, [beginning[held:]], [held], [range(1)])
+            self.begun = list(beginning)
+            if self.answers is not None:
+                self.begun_likeliest[held:] = likeliest_tokens(self.network, hidden)[0]
 
     def admit(self, chunk: Chunk) -> list[Row]:
         """Read the prompts of `chunk` into free rows; returns the rows that finish with their first token."""
-        first, prefix, spare = len(self.rows), chunk.prefix, self.batch_size
+        first, prefix, count = len(self.rows), chunk.prefix, len(chunk.members)
         prompts = [self.prompts[i] for i in chunk.members]
-        begun = common(self.begun, prompts[0][:prefix])
-        if begun < prefix:
-            self._forward(spare, [prompts[0][begun:prefix]], [begun], keep=False)
-            self.begun = prompts[0][:prefix]
+        answers = [self.answers[i] for i in chunk.members] if self.answers is not None else [()] * count
         if prefix:
-            self.slots.copy(spare, slice(first, first + len(prompts)), prefix)
-        new = self._forward(first, [p[prefix:] for p in prompts], [prefix] * len(prompts), keep=True)
-        self.rows += [Row(i, len(self.prompts[i]), -1) for i in chunk.members]
+            self._begin(prompts[0][:prefix])
+            self.slots.copy(self.batch_size, slice(first, first + count), prefix)
+        # the last prompt token foretells the first new token and the first of the answer
+        keep = [range(at := len(p) - prefix - 1, at + max(1, len(a))) for p, a in zip(prompts, answers, strict=True)]
+        tokens = [[*p[prefix:], *a] for p, a in zip(prompts, answers, strict=True)]
+        logits, hidden = self._read(first, tokens, [prefix] * count, keep)
+        new: list[int] = []
+        for row, part in enumerate(logits.split([len(places) for places in keep])):
+            new.append(int(part[0].argmax()))
+            self.rows.append(Row(chunk.members[row], len(prompts[row]), new[-1]))
+            if answers[row]:
+                self.rows[-1].nll = token_nll(part, torch.tensor(answers[row], device=self.device)).sum().item()
+        if self.answers is not None:
+            best = likeliest_tokens(self.network, hidden)
+            for row, tokens_of_row in enumerate(tokens):
+                likeliest = self.begun_likeliest[:prefix] + best[row][: len(tokens_of_row)]
+                self.rows[first + row].likeliest = likeliest
         return self._take(first, new)
 
     def step(self) -> list[Row]:
         """One more token for each row; returns the rows that are done, which have left."""
-        new = self._forward(0, [[row.last] for row in self.rows], [row.length for row in self.rows], keep=True)
+        tokens, starts = [[row.last] for row in self.rows], [row.length for row in self.rows]
+        logits, _ = self._read(0, tokens, starts, [range(1)] * len(self.rows))
         for row in self.rows:
             row.length += 1
-        return self._take(0, new)
+        return self._take(0, logits.argmax(-1).tolist())
 
     def _take(self, first: int, new: Sequence[int]) -> list[Row]:
         done: list[Row] = []
@@ -270,6 +336,18 @@ class Decoder:
                     self.rows[place] = end
                     self.slots.copy(len(self.rows), slice(place, place + 1), end.length)
         return done
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> Iterator[Row]:
+        """All prompts to their end; rows come as they finish."""
+        waiting = deque(plan(self.prompts, self.batch_size, self.answers, pass_tokens(self.network)))
+        done = 0
+        while waiting or self.rows:
+            room = self.batch_size - len(self.rows)
+            finished = self.admit(waiting.popleft()) if waiting and len(waiting[0].members) <= room else self.step()
+            yield from finished
+            done += len(finished)
+            if progress and finished:
+                progress(done, len(self.prompts))
 
 
 class _Ending:
@@ -354,18 +432,43 @@ def generate(
                     progress(index + 1, len(prompts))
             return texts
         decoder = Decoder(network, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, finished=ending)
-        waiting = deque(plan(prompts, decoder.batch_size))
-        while waiting or decoder.rows:
-            if waiting and len(decoder.rows) + len(waiting[0].members) <= decoder.batch_size:
-                done = decoder.admit(waiting.popleft())
-            else:
-                done = decoder.step()
-            for row in done:
-                texts[row.index] = ending.text(row.tokens)
-            if progress and done:
-                finished = len(prompts) - len(decoder.rows) - sum(len(chunk.members) for chunk in waiting)
-                progress(finished, len(prompts))
+        for row in decoder.run(progress):
+            texts[row.index] = ending.text(row.tokens)
     return texts
+
+
+def generate_and_read(
+    network: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    stop: Sequence[str] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[str], list[float], list[list[int]]]:
+    """As `generate`, and while a prompt is read, its true answer too: the prompt's tokens pass the network once.
+
+    Needs `has_slots(network)`. Returns texts; the answers' summed negative log likelihood (nats); and the likeliest
+    next token at each position of prompt + answer.
+    """
+    texts, nll, likeliest = [""] * len(prompts), [0.0] * len(prompts), [[]] * len(prompts)
+    if not prompts:
+        return texts, nll, likeliest
+    ending = _Ending(network, tokenizer, stop)
+    with inference(network):
+        decoder = Decoder(
+            network,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            finished=ending,
+            answers=answers,
+        )
+        for row in decoder.run(progress):
+            texts[row.index], nll[row.index], likeliest[row.index] = ending.text(row.tokens), row.nll, row.likeliest
+    return texts, nll, likeliest
 
 
 def stream(
