@@ -175,11 +175,15 @@ def aggregate(method: Method, standing: Standing, updates: Iterator[ClientUpdate
 
 
 def global_adapter(method: Method, state: Any, at: Ranks) -> dict[str, LowRank]:
-    """The one model that is scored, kept as best and exported: per module the best approximation of delta(state) at rank `at`."""
-    delta = method.delta(state)
+    """The one model that is scored, kept as best and exported: per module the best approximation of delta(state) at rank `at`.
+
+    Every module has exactly that rank: where delta(state) has less, further directions are ready to train and change nothing.
+    """
     return {
-        module: x if x.A.shape[0] <= at[module] else lowrank.truncate(x, at[module])
-        for module, x in delta.items()
+        module: x
+        if x.A.shape[0] == at[module]
+        else lowrank.at_rank(lowrank.svd(x, at[module]), at[module], seed=state.seed, module=module, round=state.round)
+        for module, x in method.delta(state).items()
         if module in at
     }
 

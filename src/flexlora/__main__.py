@@ -1,0 +1,5 @@
+"""`python -m flexlora` is `flexlora`."""
+
+from flexlora.cli import main
+
+main()

@@ -1,0 +1,358 @@
+"""The main job on a tiny model, through the command line: run, resume, evaluate, export, generate, and the original's lines."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from flexlora import Config, cli, run
+from flexlora.data.federation import open_federation
+from flexlora.launch import resume
+from flexlora.modeling import load_model
+from flexlora.rundir import Run
+from flexlora.trained import open_trained, records_of, score
+from flexlora.types import FlexLoraError, LowRank
+from tiny import tiny_federation, tiny_model
+
+FAST = {"eval_batch_size": 4, "max_new_tokens": 4, "validation_examples": 4, "lora_dropout": 0.1, "learning_rate": 0.01}
+RANKS = {"types": {"a": 2, "b": {"q_proj": 3, "down_proj": 5, "*": 4}, "c": 8}, "clients": dict(enumerate("aaabbc"))}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_model(folder / "model"), tiny_federation(folder / "data", 6)
+
+
+def config(tiny: tuple[Path, Path], folder: Path, **keys: Any) -> Config:
+    values = {
+        "model": str(tiny[0]),
+        "data": tiny[1],
+        "ranks": RANKS,
+        "participation": 0.5,
+        "rounds": 3,
+        "output_dir": folder,
+        "name": "r",
+        "eval_every": 3,
+        **FAST,
+        **keys,
+    }
+    return Config(**values)
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(capsys) -> Callable[..., Done]:
+    """The command line in this process: the same words, without the seconds that importing torch takes."""
+
+    def call(*words: str) -> Done:
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(tiny, tmp_path_factory) -> Run:
+    return run(config(tiny, tmp_path_factory.mktemp("runs")))
+
+
+def content(folder: Path, pattern: str) -> dict[str, str]:
+    found = {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(folder.glob(pattern))
+        if p.is_file()
+    }
+    assert found
+    return found
+
+
+def timeless(done: Run) -> list[dict[str, Any]]:
+    """The metrics without what a clock measured."""
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: clean(v) for k, v in value.items() if k != "seconds"}
+        return [clean(v) for v in value] if isinstance(value, list) else value
+
+    return clean(done.metrics)
+
+
+def test_run_folder_has_its_fixed_shape(finished: Run) -> None:
+    names = {p.name for p in finished.folder.iterdir() if not p.name.startswith(".")}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "checkpoints", "adapter"} <= names
+    assert [line["round"] for line in finished.metrics] == [1, 2, 3]
+    line = finished.metrics[-1]
+    assert {"round", "validation", "eval", "train_loss", "clients", "energy", "seconds"} <= set(line)
+    assert set(line["seconds"]) == {"train", "aggregate", "distribute", "eval", "other"}
+    assert {"id", "ranks", "examples", "loss", "seconds", "bytes_up", "bytes_down"} <= set(line["clients"][0])
+    assert 0 <= line["eval"]["rougeL"] <= 1
+    assert set(line["eval"]["loss_by_rank"]) == {"2", "3+4+5", "8"}
+    assert set(line["energy"]) == {"2", "3+4+5", "8"}
+    assert (finished.checkpoints / "round-0003" / "state.safetensors").is_file()
+
+
+def test_what_is_sent_has_the_assigned_size(finished: Run, tiny) -> None:
+    shapes = load_model(str(tiny[0])).shapes
+    sizes = {"2": {"*": 2}, "3+4+5": {"q_proj": 3, "down_proj": 5, "*": 4}, "8": {"*": 8}}
+    for line in finished.metrics:
+        for client in line["clients"]:
+            rank = sizes[client["ranks"]]
+            floats = sum((m + n) * rank.get(name.rsplit(".", 1)[-1], rank["*"]) for name, (m, n) in shapes.items())
+            # a safetensors message is its floats and a header of names
+            assert 0 < client["bytes_up"] - 4 * floats < 400 * len(shapes)
+
+
+def test_training_learns(finished: Run) -> None:
+    assert finished.metrics[-1]["validation"]["loss"] < finished.base["validation"]["loss"] - 0.05
+
+
+def test_the_adapter_loads_in_plain_peft_with_the_same_logits(finished: Run, tiny) -> None:
+    from peft import PeftModel
+
+    opened = open_trained(str(finished.folder))
+    ids = torch.tensor([[5, 80, 33, 200, 41, 7]])
+    with torch.no_grad():
+        ours = opened.model.network(input_ids=ids).logits
+        base = AutoModelForCausalLM.from_pretrained(tiny[0])
+        bare = base(input_ids=ids).logits
+        theirs = PeftModel.from_pretrained(base, finished.adapter)(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert float((ours - bare).abs().max()) > 1e-2
+    ranks = {m.rsplit(".", 1)[-1]: x.A.shape[0] for m, x in opened.adapter.items()}
+    assert set(ranks.values()) == {8}
+
+
+def test_base_weights_stay(finished: Run, tiny) -> None:
+    """A run in this process leaves the model that it trained on as it was."""
+    model = load_model(str(tiny[0]))
+    before = {n: p.clone() for n, p in model.network.named_parameters()}
+    opened = open_trained(str(finished.folder))
+    score(opened, records_of(tiny[1], "global"))
+    opened.model.detach()
+    after = dict(opened.model.network.named_parameters())
+    assert all(torch.equal(p, after[n]) for n, p in before.items())
+
+
+def test_python_and_command_line_give_the_same(command, finished: Run, tiny, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump(finished.config.dump()))
+    done = command("run", str(path), "--output_dir", str(tmp_path), "--name", "cli")
+    assert done.returncode == 0, done.stderr
+    assert "next: flexlora generate" in done.stdout
+    other = Run(tmp_path / "cli")
+    assert content(other.folder, "adapter/adapter_model*") == content(finished.folder, "adapter/adapter_model*")
+    assert timeless(other) == timeless(finished)
+
+
+@pytest.mark.parametrize(("baseline", "method"), [("fedit", "flexlora"), ("fedavg", "fedavg"), ("slora", "auto")])
+def test_interrupted_and_resumed_equals_left_alone(tiny, tmp_path: Path, baseline: str, method: str) -> None:
+    keys: dict[str, Any] = {"baseline": baseline, "method": method, "sparse_rounds": 2}
+    if method == "fedavg":
+        keys |= {"ranks": "homo", "lora_r": 3}
+    alone = run(config(tiny, tmp_path / "alone", **keys))
+
+    class StopError(Exception):
+        pass
+
+    def stop_in_round_3(event: str, facts: Any) -> None:
+        if event == "client" and facts["round"] == 3:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(config(tiny, tmp_path / "cut", **keys), stop_in_round_3)
+    assert len(Run(tmp_path / "cut" / "r").metrics) == 2
+    resumed = resume(tmp_path / "cut" / "r")
+    assert content(alone.folder, "adapter/*") == content(resumed.folder, "adapter/*")
+    assert content(alone.folder, "checkpoints/*/*.safetensors") == content(
+        resumed.folder, "checkpoints/*/*.safetensors"
+    )
+    assert timeless(alone) == timeless(resumed)
+
+
+def test_resume_epoch_goes_on_from_that_round(tiny, tmp_path: Path) -> None:
+    run(config(tiny, tmp_path, rounds=2, eval_every=0))
+    grown = run(config(tiny, tmp_path, rounds=3, eval_every=0, resume_epoch=2))
+    assert [line["round"] for line in grown.metrics] == [1, 2, 3]
+    with pytest.raises(FlexLoraError, match="resume_from: round 9 has no checkpoint"):
+        run(config(tiny, tmp_path, rounds=3, eval_every=0, resume_epoch=9))
+
+
+def test_evaluate_gives_the_number_of_the_log(command, finished: Run, tiny, tmp_path: Path) -> None:
+    best = finished.metrics[-1]
+    assert finished.best_round == 3
+    scores = score(open_trained(str(finished.folder)), records_of(tiny[1], "global"))
+    assert scores.rougeL == best["eval"]["rougeL"]
+    assert scores.loss == pytest.approx(best["eval"]["loss"], abs=1e-6)
+    done = command("evaluate", str(finished.folder), "--data", str(tiny[1]), "--predictions", str(tmp_path / "p.jsonl"))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(lines) == best["eval"]["examples"]
+    assert sum(line["rougeL"] for line in lines) / len(lines) == pytest.approx(best["eval"]["rougeL"])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_export_at_any_rank_is_the_best_approximation(command, finished: Run, tmp_path: Path, rank: int) -> None:
+    done = command("export", str(finished.folder), "--rank", str(rank), "--out", str(tmp_path / "e"))
+    assert done.returncode == 0, done.stderr
+    whole = open_trained(str(finished.folder)).adapter
+    small = open_trained(str(tmp_path / "e"), {"model": finished.config.model}).adapter
+    for module, x in whole.items():
+        W = x.B.double() @ x.A.double()
+        optimum = float(torch.linalg.svdvals(W)[rank:].square().sum().sqrt())
+        got = float((W - small[module].B.double() @ small[module].A.double()).norm())
+        assert small[module].A.shape[0] == rank
+        assert got <= optimum + 1e-5 * float(W.norm())
+
+
+def test_export_of_a_client_has_its_ranks(command, finished: Run, tmp_path: Path) -> None:
+    done = command("export", str(finished.folder), "--client", "3", "--out", str(tmp_path / "e"))
+    assert done.returncode == 0, done.stderr
+    adapter = open_trained(str(tmp_path / "e")).adapter
+    assert {m.rsplit(".", 1)[-1]: x.A.shape[0] for m, x in adapter.items()}["q_proj"] == 3
+
+
+def test_export_merged_answers_like_the_adapter(command, finished: Run, tmp_path: Path) -> None:
+    done = command("export", str(finished.folder), "--merge", "--out", str(tmp_path / "m"))
+    assert done.returncode == 0, done.stderr
+    ids = torch.tensor([[5, 80, 33, 200, 41, 7]])
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(input_ids=ids).logits
+        ours = open_trained(str(finished.folder)).model.network(input_ids=ids).logits
+    torch.testing.assert_close(merged, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_generate_streams_an_answer(command, finished: Run) -> None:
+    done = command("generate", str(finished.folder), "--prompt", "Say a word.", "--max_new_tokens", "3")
+    assert done.returncode == 0, done.stderr
+
+
+def test_init_adapter_starts_there(finished: Run, tiny, tmp_path: Path) -> None:
+    warm = run(config(tiny, tmp_path, init_adapter=finished.adapter, rounds=1, learning_rate=1e-8, eval_every=0))
+    assert warm.metrics[0]["validation"]["loss"] == pytest.approx(finished.metrics[-1]["validation"]["loss"], abs=0.02)
+
+
+ORIGINAL_LINES = {
+    "1": "run --model M --baseline fedavg --aggregation homo --data_path D",
+    "2": "run --model M --baseline fedavg --aggregation normal --data_path D",
+    "3": "run --model M --baseline slora --aggregation normal --data_path D",
+    "4": "run --method hetlora --model M --baseline fedavg --aggregation normal --data_path D",
+}
+
+
+@pytest.mark.parametrize("line", ORIGINAL_LINES)
+def test_the_original_command_lines(command, tiny, tmp_path: Path, line: str) -> None:
+    words = ORIGINAL_LINES[line].replace(" M ", f" {tiny[0]} ").replace(" D", f" {tiny[1]}").split()
+    small = [
+        "--num_communication_rounds",
+        "2",
+        "--client_selection_frac",
+        "0.34",
+        "--session_name",
+        "s",
+        "--eval_every",
+        "0",
+    ]
+    more = ["--local_learning_rate", "0.001", "--R_1", "1", "--early_stop", "false", "--validation_examples", "4"]
+    done = command(*words, *small, *more, "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = Run(tmp_path / "s")
+    assert len(found.metrics) == 2
+    assert found.config.early_stop is False
+    assert found.config.method_name == {"1": "fedavg", "4": "hetlora"}.get(line, "flexlora")
+    assert {c["ranks"] for m in found.metrics for c in m["clients"]} >= ({"8"} if line == "1" else set())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run --data D --rounds x", "rounds: input should be a valid integer"),
+        ("run --data D --rouns 3", "Unknown option"),
+        ("run --data nowhere", "nowhere: no such folder"),
+        ("run --rounds 2", "data: no folder given"),
+        ("run --data D --method flexlorra", "did you mean flexlora?"),
+        ("run --data D --method fedavg --ranks random", "needs equal ranks"),
+        ("run --data D --ranks hevy", "neither a file nor one of homo"),
+        ("run --data D --prompt_template alpacca", "did you mean alpaca"),
+        ("run --data D --num_clients 9", "clients"),
+        ("run --data D --model M --lora_target_modules w_proj", "w_proj"),
+        ("run no.yaml", "no.yaml: no such file"),
+        ("resume D", "is no run folder"),
+        ("evaluate M --data nowhere", "nowhere"),
+        ("export D --rank 4 --out E", "is no run folder"),
+        ("run --data D --model M --init_adapter nowhere", "nowhere"),
+        ("run --data D --method ffa --method_options eta=1", "has no option 'eta'"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tiny, tmp_path: Path, capsys, monkeypatch, words: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    line = [str({"M": tiny[0], "D": tiny[1]}.get(word, word)) for word in words.split()]
+    with pytest.raises(SystemExit) as caught:
+        cli.main(line)
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_taken_name_is_refused(finished: Run, tiny) -> None:
+    with pytest.raises(FlexLoraError, match="a run stands there already"):
+        run(finished.config)
+
+
+def test_data_that_changed_is_refused(tiny, tmp_path: Path) -> None:
+    data = tiny_federation(tmp_path / "data", 6)
+    run(config((tiny[0], data), tmp_path, rounds=1, eval_every=0))
+    federation = open_federation(data)
+    path = federation.folder / "local_training_0.json"
+    for name in federation.folder.glob("local_training_*.json"):
+        records = json.loads(name.read_text())
+        records[0]["output"] = "changed"
+        name.write_text(json.dumps(records))
+    with pytest.raises(FlexLoraError, match=r"local_training_\d\.json: changed since the run began"):
+        resume(tmp_path / "r", rounds=2)
+    assert path.is_file()
+
+
+def test_client_starts_from_the_best_approximation_with_mixed_alphas() -> None:
+    """Σ p_i (α_i/r_i) B_i A_i with the fold as `Model.read` makes it, for clients of different rank and alpha."""
+    from flexlora.methods import get_method
+    from flexlora.modeling import scaling
+    from flexlora.types import ClientUpdate
+
+    g = torch.Generator().manual_seed(3)
+    shapes, clients = {"m": (20, 30)}, [(3, 16.0, 5.0), (8, 4.0, 1.0), (1, 32.0, 2.0)]
+    updates, W = [], torch.zeros(20, 30, dtype=torch.float64)
+    for number, (r, alpha, weight) in enumerate(clients):
+        lora_B, lora_A = torch.randn(20, r, generator=g), torch.randn(r, 30, generator=g)
+        s = scaling(alpha, r, "alpha_over_r")
+        assert s == alpha / r
+        updates.append(ClientUpdate(number, weight, {"m": LowRank(s * lora_B, lora_A)}))
+        W += weight / 8.0 * (alpha / r) * lora_B.double() @ lora_A.double()
+    method = get_method("flexlora")
+    state = method.aggregate(method.init(shapes, 1), updates)
+    for rank in (1, 3, 8, 12):
+        sent = method.distribute(state, {"m": rank}).adapter["m"]
+        assert isinstance(sent, LowRank)
+        U, S, Vt = torch.linalg.svd(W)
+        best = U[:, :rank] @ torch.diag(S[:rank]) @ Vt[:rank]
+        assert float((sent.B.double() @ sent.A.double() - best).norm()) <= 1e-5 * float(W.norm())
