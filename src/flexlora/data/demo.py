@@ -16,21 +16,35 @@ from flexlora.data.records import Record
 from flexlora.data.writing import new_folder, write_client, write_global_test, write_manifest
 from flexlora.randomness import derive
 
-ITEMS = (
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+ITEMS = _words(
     "apple bag ball bell boat book bowl box bread brush cake car chair clock coat coin cup desk door drum egg fan fish "
     "flag fork glass glove goat hat horse house jar key kite lamp leaf lion map milk moon mouse nut pan pear pen pig "
     "pin plate ring road rock rope salt shoe ship snake soap sock song spoon star stone sun table tent tiger train tree "
     "truck wall wheel window wolf"
-).split()
-NAMES = "Adam Anna Ben Carl Clara David Emma Eric Eva Frank Grace Helen Ivan Jack Jane John Karl Laura Lucy Mark Mary Nina Oscar Paul Peter Rosa Sam Sara Tom Vera".split()  # noqa: E501
-CITIES = "Athens Berlin Boston Cairo Delhi Dublin Geneva Lima London Madrid Milan Oslo Paris Prague Rome Seoul Sydney Tokyo Vienna Warsaw".split()  # noqa: E501
-THINGS = "basket blanket bottle camera carpet guitar hammer jacket ladder laptop mirror needle pencil pillow puzzle shirt sofa ticket umbrella violin".split()  # noqa: E501
-MONTHS = "January February March April May June July August September October November December".split()
-_ONES = (
+)
+NAMES = _words(
+    "Adam Anna Ben Carl Clara David Emma Eric Eva Frank Grace Helen Ivan Jack Jane John Karl Laura Lucy Mark Mary Nina "
+    "Oscar Paul Peter Rosa Sam Sara Tom Vera"
+)
+CITIES = _words(
+    "Athens Berlin Boston Cairo Delhi Dublin Geneva Lima London Madrid Milan Oslo Paris Prague Rome Seoul Sydney Tokyo "
+    "Vienna Warsaw"
+)
+THINGS = _words(
+    "basket blanket bottle camera carpet guitar hammer jacket ladder laptop mirror needle pencil pillow puzzle shirt "
+    "sofa ticket umbrella violin"
+)
+MONTHS = _words("January February March April May June July August September October November December")
+_ONES = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+_TENS = _words("twenty thirty forty fifty sixty seventy eighty ninety")
 
 
 def in_words(n: int) -> str:

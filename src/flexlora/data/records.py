@@ -14,8 +14,6 @@ from typing import Any
 from flexlora.prompts import Record
 from flexlora.types import FlexLoraError
 
-__all__ = ["MAX_CHARACTERS", "Record", "parse_records", "read_json", "read_records", "silence_is_asked", "to_json"]
-
 MAX_CHARACTERS = 1_000_000
 """Of one string: some 250,000 tokens, far beyond any cutoff; a longer one is a slip, not an example."""
 
@@ -64,10 +62,11 @@ def parse_records(path: Path, data: Any, *, allow_empty: bool = False) -> list[R
         raise FlexLoraError(f"{path}: holds {_kind(data)} where a JSON list of records belongs: wrap it in [ ]")
     if not data and not allow_empty:
         raise FlexLoraError(f"{path}: the list holds no record: add examples or remove this client")
-    return [_record(f"{path}: record {number}", item) for number, item in enumerate(data, start=1)]
+    return [parse_record(f"{path}: record {number}", item) for number, item in enumerate(data, start=1)]
 
 
-def _record(where: str, item: Any) -> Record:
+def parse_record(where: str, item: Any) -> Record:
+    """Check one parsed object; `where` names file and record in messages."""
     if not isinstance(item, dict):
         raise FlexLoraError(f"{where} is {_kind(item)}, not an object: write instruction, input and output")
     category = _string(where, "category", item.get("category", ""))

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,21 @@ from flexlora.data.records import Record, to_json
 from flexlora.types import FlexLoraError
 
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` and `partition` wrote."""
+
+    folder: Path
+    """Holds ``{clients}/`` and the manifest: give it to --data."""
+    clients: int
+    examples: int
+    """Training examples of all clients."""
+    held_out: int
+    """Examples of global_test.json."""
+    dropped: int
+    """Source examples left out for an empty answer, or as copies of another."""
 
 
 @contextmanager
