@@ -68,7 +68,7 @@ def raflora(W: Matrix, clients: Sequence[Client], levels: Sequence[int]) -> Matr
         if not holders:
             for j in range(low, min(high, len(S))):
                 out = out + S[j] * np.outer(U[:, j], Vt[j])
-    return best(out, max(levels))
+    return out
 
 
 def pad_rows(A: Matrix, rank: int) -> Matrix:

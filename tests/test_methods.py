@@ -244,8 +244,8 @@ def test_no_dead_directions(variant: str) -> None:
         for x in download.adapter.values():
             if isinstance(x, LowRank):
                 assert bool(x.A.any(dim=1).all())
-        # only the smallest client takes part: larger ones must not find dead rows next time
-        state = method.aggregate(state, answer(method, state, round, (0,)))
+        # after the first round only the smallest client takes part: larger ones must not find dead rows next time
+        state = method.aggregate(state, answer(method, state, round, (0, 1, 2) if round == 0 else (0,)))
 
 
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if not get_method(VARIANTS[v][0]).equal_ranks])
@@ -276,8 +276,27 @@ def test_half_precision_updates_leave_a_single_precision_state(variant: str) -> 
             )
             for u in updates
         ]
-        state = method.aggregate(state, half)
-        assert not any(t.dtype == torch.bfloat16 for t in tensors(state))
+        single = [
+            ClientUpdate(u.client, u.weight, wire.cast(u.adapter, torch.float32), wire.cast(u.sent, torch.float32))
+            for u in half
+            if u.sent is not None
+        ]
+        after = method.aggregate(state, half)
+        assert same(after, method.aggregate(state, single))
+        state = after
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_weight_of_zero_counts_for_nothing(variant: str) -> None:
+    method = make(variant)
+    state = start(method)
+    for round in range(2):
+        updates = answer(method, state, round)
+        nobody = ClientUpdate(9, 0.0, trained(method.distribute(state, cohort(method)[-1]), 9, round))
+        after = method.aggregate(state, updates)
+        assert same(after, method.aggregate(state, [nobody, *updates]))
+        assert same(after, method.aggregate(state, [*updates, nobody]))
+        state = after
 
 
 # --- identities --------------------------------------------------------------------------------------------------------

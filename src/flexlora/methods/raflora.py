@@ -2,7 +2,7 @@
 
 W = Σ_h Σ_{i: r_i ≥ r⁽ʰ⁾} (p_i / Σ_{k: r_k ≥ r⁽ʰ⁾} p_k) B_i[:, I_h] A_i[I_h, :], where r⁽¹⁾ < r⁽²⁾ < … are the
 distinct ranks and I_h = (r⁽ʰ⁻¹⁾, r⁽ʰ⁾]. A rule on columns: they must arrive as trained. A partition that nobody holds
-this round keeps its value; beyond the largest level it is dropped.
+this round keeps its value; what W holds beyond the largest level is dropped with the next round.
 
 With levels the sums stream, one running sum per partition; without them a round's updates are held until all ranks
 are known.
@@ -11,31 +11,29 @@ are known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from flexlora import lowrank
-from flexlora.lowrank import Decomposed, Matrix, Spectrum
+from flexlora.lowrank import Matrix, Spectrum
+from flexlora.methods import flexlora
 from flexlora.methods.base import register
 from flexlora.methods.factors import combine, received
-from flexlora.types import ClientRule, ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
+from flexlora.types import ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
 
 
 @dataclass(frozen=True)
 class State:
     round: int
     seed: int
-    shapes: Shapes
     levels: Mapping[str, tuple[int, ...]]
     """Distinct ranks by module, ascending; empty where they are not known."""
-    spectrum: Mapping[str, Spectrum]
-    """W, up to the largest level."""
+    whole: flexlora.State
+    """W, its norm and its leading directions, as flexlora keeps them."""
 
 
 def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
     known = {m: tuple(sorted({ranks[m] for ranks in levels if m in ranks})) for m in shapes}
-    return State(0, seed, dict(shapes), known, {m: lowrank.svd(lowrank.empty(*s)) for m, s in shapes.items()})
+    return State(0, seed, known, flexlora.init(shapes, seed, levels))
 
 
 def check_level(state: State, module: str, rank: int) -> None:
@@ -69,44 +67,46 @@ class Partitions:
 
 
 def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
-    partitions = {m: Partitions(state.shapes[m], levels) for m, levels in state.levels.items() if levels}
+    before = state.whole
+    partitions = {m: Partitions(before.shapes[m], levels) for m, levels in state.levels.items() if levels}
     held: dict[str, list[tuple[LowRank, float]]] = {m: [] for m, levels in state.levels.items() if not levels}
-    brought: set[str] = set()
+    brought: dict[str, None] = {}
     for update, adapter in received(updates):
         for module, x in adapter.items():
-            brought.add(module)
+            brought[module] = None
             if module in held:
                 held[module].append((x, update.weight))
             else:
                 check_level(state, module, x.A.shape[0])
                 partitions[module].add(x, update.weight)
     for module, terms in held.items():
-        partitions[module] = Partitions(state.shapes[module], sorted({x.A.shape[0] for x, _ in terms}))
+        partitions[module] = Partitions(before.shapes[module], sorted({x.A.shape[0] for x, _ in terms}))
         for x, weight in terms:
             partitions[module].add(x, weight)
 
-    def finish(module: str) -> Spectrum:
-        if module not in brought:
-            return state.spectrum[module]
-        return lowrank.svd(partitions.pop(module).mean(state.spectrum[module]), max(state.levels[module], default=None))
+    def finish(module: str) -> tuple[Matrix, float, Spectrum]:
+        W = partitions.pop(module).mean(before.spectrum[module])
+        return W, float(lowrank.norm(W)), lowrank.svd(W, before.levels.get(module))
 
-    spectrum = dict(zip(state.shapes, lowrank.each(finish, state.shapes), strict=True))
-    return State(state.round + 1, state.seed, state.shapes, state.levels, spectrum)
+    done = dict(zip(brought, lowrank.each(finish, brought), strict=True))
+    whole = replace(
+        before,
+        round=before.round + 1,
+        W={**before.W, **{m: x for m, (x, _, _) in done.items()}},
+        norm={**before.norm, **{m: x for m, (_, x, _) in done.items()}},
+        spectrum={**before.spectrum, **{m: x for m, (_, _, x) in done.items()}},
+    )
+    return State(state.round + 1, state.seed, state.levels, whole)
 
 
 def distribute(state: State, ranks: Ranks) -> Download:
-    adapter: dict[str, LowRank] = {}
-    for m, r in ranks.items():
-        check_level(state, m, r)
-        adapter[m] = lowrank.at_rank(state.spectrum[m], r, seed=state.seed, module=m, round=state.round)
-    return Download(adapter, {}, ClientRule())
+    for module, rank in ranks.items():
+        check_level(state, module, rank)
+    return flexlora.distribute(state.whole, ranks)
 
 
 def delta(state: State) -> Mapping[str, LowRank]:
-    return {
-        m: Decomposed.of(LowRank(s.U * s.S, s.Vt), s, float(torch.linalg.vector_norm(s.S, dtype=torch.float64)))
-        for m, s in state.spectrum.items()
-    }
+    return flexlora.delta(state.whole)
 
 
 def raflora() -> Method:
