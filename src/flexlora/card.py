@@ -26,6 +26,9 @@ def model_card(config: Config, facts: Mapping[str, Any], line: Mapping[str, Any]
     if held_out:
         rows.append(("held-out ROUGE-L", f"{held_out['rougeL']:.4f}"))
         rows.append(("held-out loss", f"{held_out['loss']:.4f}"))
+    if privacy := line.get("privacy"):
+        promise = f"ε = {privacy['epsilon']:.2f}, δ = {privacy['delta']:.2g} for a whole client"
+        rows.append(("differential privacy", f"{promise}; noise {privacy['noise']:g}, clip {privacy['clip']:g}"))
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""---
 base_model: {config.model}

@@ -134,15 +134,36 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_files(folder: Path) -> None:
+    """Flush every file of a folder, and the folder, to the disk."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    sync_folder(folder)
+
+
 def replace_folder(temporary: Path, final: Path) -> None:
-    """Put a finished folder in the place of an older one; after a crash either one or the other stands there, or `.old` does."""
-    old = final.with_name(f".{final.name}.old")
+    """Put a finished folder in the place of an older one. After a crash either one or the other stands there, or
+    neither does and the older one waits beside it: see `recover_folder`."""
+    old = _old(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
         final.rename(old)
     temporary.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(final: Path) -> None:
+    """Undo a `replace_folder` that was cut off between its two renames, and remove what any other one left."""
+    old = _old(final)
+    if old.is_dir() and not final.exists():
+        old.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
 
 
 def checkpoint_folder(checkpoints: Path, round: int) -> Path:
@@ -210,3 +231,17 @@ def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
             shutil.rmtree(checkpoint_folder(checkpoints, round))
     for left in checkpoints.glob(".round-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def remove_kept(kept: Path, keep: set[int]) -> None:
+    """Of the parts that clients kept (`{client}/round-NNNN.safetensors`), leave what the rounds in `keep` go on from.
+
+    That is, for each round, a client's newest file up to it.
+    """
+    for folder in kept.iterdir() if kept.is_dir() else ():
+        files = {path.name: path for path in folder.glob("round-*.safetensors")}
+        names = sorted(files)
+        needed = {max((n for n in names if n <= f"round-{round:04d}.safetensors"), default="") for round in keep}
+        for name in names:
+            if name not in needed and name <= f"round-{max(keep):04d}.safetensors":
+                files[name].unlink()

@@ -14,7 +14,7 @@ from rich.console import Console
 from flexlora.config import Config, key_aliases, key_group, make_config, read_config
 from flexlora.types import FlexLoraError
 
-GROUPS = ("Model", "Data", "Federation", "Method", "LoRA", "Local training", "Evaluation", "Running")
+GROUPS = ("Model", "Data", "Federation", "Method", "LoRA", "Local training", "Evaluation", "Trust", "Running")
 LISTS = ("lora_target_modules", "method_options")
 
 out = Console(highlight=False)
@@ -388,8 +388,10 @@ def main(words: Sequence[str] | None = None) -> None:
         fail(str(error))
     except CycloptsError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        err.print("stopped; finished rounds are saved: go on with `flexlora resume RUN`", markup=False)
+    except KeyboardInterrupt as stop:
+        # Raised with the run folder once there are rounds to go on from.
+        saved = f"; finished rounds are saved, go on with `flexlora resume {stop}`" if str(stop) else ""
+        print(f"flexlora: stopped{saved}", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)

@@ -6,12 +6,15 @@ import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from flexlora import evaluation, training, wire
-from flexlora.data.federation import Federation
-from flexlora.modeling import Model, scaling
+from flexlora.config import Config
+from flexlora.data.federation import open_federation
+from flexlora.data.records import Record
+from flexlora.modeling import Model, load_model, scaling
 from flexlora.prompts import TokenCache, load_template
 from flexlora.types import (
     Adapter,
@@ -25,9 +28,17 @@ from flexlora.types import (
     LowRank,
     TrainTask,
 )
+from flexlora.wire import Parcel
 
 FAILURES = (FlexLoraError, ValueError, RuntimeError, MemoryError, OSError)
 """What ends one client's work in a round and not the round."""
+
+
+class Examples(Protocol):
+    """The data of the clients at a site: a `Federation`, or one site's own."""
+
+    def train(self, client: int) -> list[Record]: ...
+    def eval(self, client: int) -> list[Record]: ...
 
 
 @dataclass
@@ -35,7 +46,7 @@ class Site:
     """Where clients work: one base model for all of them, their data, and what they keep between rounds."""
 
     model: Model
-    federation: Federation
+    federation: Examples
     tokens: TokenCache
     kept: Path
     """Folder of the parts that never leave a client (FedSA's B): `{client}/round-0003.safetensors`."""
@@ -43,27 +54,88 @@ class Site:
     wire_dtype: torch.dtype = torch.float32
 
 
+def open_site(config: Config, kept: Path) -> Site:
+    """The base model and the data that a configuration names. Raises FlexLoraError where they cannot be had."""
+    if config.data is None:
+        raise FlexLoraError("data: no folder given; name one with --data, or try `flexlora demo`")
+    federation = open_federation(config.data, config.num_clients)
+    return Site(load(config), federation, TokenCache(), kept, config.eval_batch_size)
+
+
+def load(config: Config) -> Model:
+    """The configured base model, its linear layers ready for adapters."""
+    return load_model(
+        config.model,
+        targets=config.lora_target_modules,
+        cache_dir=config.cache_dir,
+        device=config.device,
+        precision=config.precision,
+        trust_remote_code=config.trust_remote_code,
+    )
+
+
 def train(site: Site, task: TrainTask) -> ClientUpdate | ClientFailure:
     """Train one client and return its update as it arrives at the server, or why there is none."""
-    begin = time.perf_counter()
+    return arrived(work(site, task, site.wire_dtype), task, site.wire_dtype)
+
+
+def perform(site: Site, parcel: Parcel) -> Parcel:
+    """The task in a parcel, done; the answer is all that leaves the client."""
     try:
-        rule = task.download.rule
+        task, training_settings, dtype = wire.unpack_task(parcel)
+    except FlexLoraError as error:
+        return wire.pack_failure(ClientFailure(-1, one_line(error)))
+    if isinstance(task, TrainTask):
+        return work(site, task, dtype)
+    score = evaluate(site, task, training_settings)
+    return wire.pack_failure(score) if isinstance(score, ClientFailure) else wire.pack_score(score)
+
+
+def work(site: Site, task: TrainTask, dtype: torch.dtype) -> Parcel:
+    """Train one client; what it sends back."""
+    begin = time.perf_counter()
+    base = site.model.fingerprint
+    rule = task.download.rule
+    try:
+        if task.base not in ("", base):
+            raise FlexLoraError("this site has another base model than the server")
         download = with_kept(site, task.client, task.round, task.download)
         template = load_template(task.training.template)
         records = site.federation.train(task.client)
         examples = site.tokens.encode_all(records, template, site.model.tokenizer, task.training.cutoff_len)
         update = training.train_client(site.model, replace(task, download=download), examples)
+        keep(site, task.client, task.round, update.adapter, rule.keep)
     except FAILURES as error:
-        return ClientFailure(task.client, one_line(error))
-    keep(site, task.client, task.round, update.adapter, rule.keep)
-    message = wire.encode(update.adapter, rule.send, dtype=site.wire_dtype)
-    arrived = wire.complete(wire.decode(message), task.download.adapter)
-    travelled = [part for part in wire.PARTS if part not in rule.keep]
-    bytes_down = wire.size(task.download.adapter, travelled, dtype=site.wire_dtype)
-    if task.download.base_delta:
-        bytes_down += wire.size(task.download.base_delta, dtype=site.wire_dtype)
-    traffic = {"bytes_up": len(message), "bytes_down": bytes_down, "seconds": time.perf_counter() - begin}
-    return replace(update, adapter=arrived, sent=task.download.adapter, metrics={**update.metrics, **traffic})
+        return wire.pack_failure(ClientFailure(task.client, one_line(error)))
+    metrics = {**update.metrics, "seconds": time.perf_counter() - begin}
+    return wire.pack_update(replace(update, metrics=metrics, round=task.round, base=base), rule, dtype)
+
+
+def arrived(answer: Parcel, task: TrainTask, dtype: torch.dtype) -> ClientUpdate | ClientFailure:
+    """A client's answer as the server sees it, parts that stayed or did not travel filled in, bytes counted."""
+    try:
+        update = wire.unpack_update(answer, task)
+    except FlexLoraError as error:
+        return ClientFailure(task.client, f"rejected: {error}")
+    if isinstance(update, ClientFailure):
+        return update
+    sent = task.download.adapter
+    # The scaling follows from the task: it need not be asked for, and cannot be lied about.
+    scales = {
+        module: scaling(task.training.alpha, len(x.A), task.training.scaling)
+        for module, x in sent.items()
+        if isinstance(x, LowRank)
+    }
+    metrics = {**update.metrics, "bytes_down": wire.bytes_down(task.download, dtype)}
+    return replace(update, scaling=scales, metrics=metrics)
+
+
+def scored(answer: Parcel, task: EvalTask) -> ClientScore | ClientFailure:
+    """A client's score as the server sees it."""
+    try:
+        return wire.unpack_score(answer, task)
+    except FlexLoraError as error:
+        return ClientFailure(task.client, f"rejected: {error}")
 
 
 def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> ClientScore | ClientFailure:
@@ -74,13 +146,19 @@ def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> Cl
         records = site.federation.eval(task.client)[: task.examples]
         examples = site.tokens.encode_all(records, template, site.model.tokenizer, training_settings.cutoff_len)
         ranks = {m: x.A.shape[0] for m, x in download.adapter.items() if isinstance(x, LowRank)}
-        factors = {m: scaling(training_settings.alpha, max(1, r), training_settings.scaling) for m, r in ranks.items()}
+        factors = {m: scaling(training_settings.alpha, r, training_settings.scaling) for m, r in ranks.items()}
         site.model.attach(download.adapter, base_delta=download.base_delta, scaling=factors)
         result = evaluation.loss(
-            site.model.network, examples, batch_size=site.eval_batch_size, pad_id=site.model.tokenizer.pad_token_id
+            site.model.network,
+            examples,
+            batch_size=site.eval_batch_size,
+            train_on_inputs=training_settings.train_on_inputs,
+            pad_id=site.model.tokenizer.pad_token_id,
         )
     except FAILURES as error:
         return ClientFailure(task.client, one_line(error))
+    finally:
+        site.model.detach()
     return ClientScore(task.client, sum(result.sums), sum(result.tokens), len(examples))
 
 
@@ -113,7 +191,7 @@ def with_kept(site: Site, client: int, round: int, download: Download) -> Downlo
 
 
 def keep(site: Site, client: int, round: int, adapter: Adapter, parts: tuple[str, ...]) -> None:
-    """Store the parts that stay at the client. Files of earlier rounds go, but the last two: an interrupted round starts from them."""
+    """Store the parts that stay at the client. Earlier files stay until no checkpoint needs them (`checkpoint.remove_kept`)."""
     if not parts:
         return
     path = _kept_file(site, client, round)
@@ -121,8 +199,6 @@ def keep(site: Site, client: int, round: int, adapter: Adapter, parts: tuple[str
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(wire.encode(adapter, parts))
     temporary.replace(path)
-    for old in sorted(path.parent.glob("round-*.safetensors"))[:-3]:
-        old.unlink()
 
 
 def forget(site: Site) -> None:

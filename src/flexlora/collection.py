@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flexlora import guard, ranks, wire
-from flexlora.types import ClientFailure, ClientUpdate, LowRank, Ranks, TrainTask
+from flexlora.types import ClientFailure, ClientRule, ClientUpdate, LowRank, Ranks, TrainTask
 
 Item = TypeVar("Item")
 
@@ -50,60 +50,100 @@ def timed(items: Iterable[Item], watch: Stopwatch, phase: str) -> Iterator[Item]
         yield item
 
 
+class Spool:
+    """Updates that wait on disk for their turn; what an interrupted round left there is never read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def put(self, update: ClientUpdate) -> ClientUpdate:
+        """Store the factors; the rest of the update comes back, to be given to `take`."""
+        self.folder.mkdir(exist_ok=True)
+        self._file(update).write_bytes(wire.encode(update.adapter))
+        return replace(update, adapter={})
+
+    def take(self, update: ClientUpdate) -> ClientUpdate:
+        """The whole update; its file is gone."""
+        assert update.sent is not None
+        adapter = wire.complete(wire.decode(self._file(update).read_bytes()), update.sent)
+        self._file(update).unlink()
+        return replace(update, adapter=adapter)
+
+    def _file(self, update: ClientUpdate) -> Path:
+        return self.folder / f"{update.client}.safetensors"
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def examined(
+    results: Iterable[ClientUpdate | ClientFailure],
+    tasks: Sequence[TrainTask],
+    norms: Mapping[str, Sequence[float]],
+    limits: guard.Limits,
+) -> Iterator[ClientUpdate | ClientFailure]:
+    """The first result of each task, checked as it arrives and completed with what was sent; nothing else passes."""
+    open_tasks = {task.client: task for task in tasks}
+    for result in results:
+        task = open_tasks.pop(result.client, None)
+        if task is None:
+            continue  # an answer that nobody waits for
+        if isinstance(result, ClientUpdate):
+            earlier = norms.get(guard.kind(task.download.rule), ())
+            result = guard.examine(result, task, norms=earlier, limits=limits)
+        yield result
+
+
 def in_client_order(
-    results: Iterable[ClientUpdate | ClientFailure], tasks: Sequence[TrainTask], spool: Path
+    results: Iterable[ClientUpdate | ClientFailure], tasks: Sequence[TrainTask], spool: Spool
 ) -> Iterator[ClientUpdate | ClientFailure]:
     """The results in the order of the tasks, so that the order of arrival changes no bit; early ones wait on disk."""
-    sent = {task.client: task.download.adapter for task in tasks}
     waiting: dict[int, ClientUpdate | ClientFailure] = {}
-    expected = iter(sent)
+    expected = iter([task.client for task in tasks])
     client = next(expected, None)
 
     def take(number: int) -> ClientUpdate | ClientFailure:
         result = waiting.pop(number)
-        if isinstance(result, ClientFailure):
-            return result
-        path = spool / f"{number}.safetensors"
-        adapter = wire.complete(wire.decode(path.read_bytes()), sent[number])
-        path.unlink()
-        return replace(result, adapter=adapter)
+        return result if isinstance(result, ClientFailure) else spool.take(result)
 
     for result in results:
         if result.client == client:
             yield result
             client = next(expected, None)
-        elif result.client in sent and result.client not in waiting:
-            if isinstance(result, ClientUpdate):
-                spool.mkdir(exist_ok=True)
-                (spool / f"{result.client}.safetensors").write_bytes(wire.encode(result.adapter))
-                result = replace(result, adapter={})
-            waiting[result.client] = result
+        else:
+            waiting[result.client] = spool.put(result) if isinstance(result, ClientUpdate) else result
         while client in waiting:
             yield take(client)
             client = next(expected, None)
     while client is not None:
         yield take(client) if client in waiting else ClientFailure(client, "no answer")
         client = next(expected, None)
-    shutil.rmtree(spool, ignore_errors=True)
+    spool.remove()
 
 
 def accept(
-    results: Iterable[ClientUpdate | ClientFailure],
-    tasks: Sequence[TrainTask],
-    log: RoundLog,
-    norms: Sequence[float],
-    max_examples: int | None,
-    notify: Notify,
+    results: Iterable[ClientUpdate | ClientFailure], tasks: Sequence[TrainTask], log: RoundLog, notify: Notify
 ) -> Iterator[ClientUpdate]:
-    """The updates that may be aggregated: checked against their task, completed with what was sent, logged."""
+    """The updates among the results, in their order; both are logged."""
     for task, result in zip(tasks, results, strict=True):
-        if isinstance(result, ClientUpdate):
-            result = replace(result, sent=task.download.adapter)
-            result = guard.examine(result, task, norms=norms, max_examples=max_examples)
         log.add(task, result)
         notify("client", {"round": task.round, "client": task.client, "record": log.records[-1]})
         if isinstance(result, ClientUpdate):
             yield result
+
+
+def moderated(updates: Iterable[ClientUpdate], log: RoundLog, rule: ClientRule, spool: Spool) -> Iterator[ClientUpdate]:
+    """The updates with increments and weights cut to the medians of the round; all of them are waited for, on disk."""
+    held = [spool.put(update) for update in updates]
+    if not held:
+        return
+    bound, cap = guard.moderate(log.norms, {update.client: update.weight for update in held})
+    for waiting in held:
+        update = guard.clipped(spool.take(waiting), bound, rule)
+        update = replace(update, weight=min(update.weight, cap))
+        log.moderate(update, bound)
+        yield update
+    spool.remove()
 
 
 @dataclass
@@ -115,7 +155,8 @@ class RoundLog:
     records: list[dict[str, Any]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     ranks: dict[int, Ranks] = field(default_factory=dict)
-    norms: list[float] = field(default_factory=list)
+    norms: dict[int, float] = field(default_factory=dict)
+    """Client -> norm of its increment as it is aggregated."""
 
     def add(self, task: TrainTask, result: ClientUpdate | ClientFailure) -> None:
         label = ranks.label(task.ranks)
@@ -140,9 +181,15 @@ class RoundLog:
         if trained and trained != dict(task.ranks):
             self.ranks[task.client] = trained
             record["new_ranks"] = ranks.label(trained)
-        self.norms.append(guard.increment_norm(result))
+        self.norms[task.client] = guard.increment_norm(result, task.download.rule)
         self.accepted.append(task.client)
         self.records.append(record)
+
+    def moderate(self, update: ClientUpdate, bound: float) -> None:
+        """Note the weight and the norm that an update has after `moderated`."""
+        self.norms[update.client] = min(self.norms[update.client], bound)
+        record = next(r for r in self.records if r["id"] == update.client)
+        record |= {"weight": update.weight, "clipped": update.metrics.get("clipped", 1.0)}
 
     def reasons(self) -> list[str]:
         return [f"client {r['id']}: {r['failed']}" for r in self.records if "failed" in r]
@@ -155,4 +202,5 @@ class RoundLog:
             "train_loss": sum(x * w for x, w in losses) / total if total else None,
             "clients": good,
             "failed": [r for r in self.records if "failed" in r],
+            "rejected": sum(1 for r in self.records if r.get("failed", "").startswith("rejected")),
         }

@@ -136,6 +136,21 @@ class Config(BaseModel):
     validation_examples: int = key(128, "Evaluation", ge=1)
     """Size of the fixed sample of the clients' local_eval files that early stop and the best round look at."""
 
+    max_norm: float | None = key(None, "Trust", gt=0)
+    """The largest norm of a client's increment (what it changed in the delta weights, over all modules); null: no bound."""
+    norm_factor: float | None = key(50.0, "Trust", gt=0)
+    """The largest norm of a client's increment in multiples of the median of those accepted before; null: no bound."""
+    norm_action: Literal["reject", "clip"] = key("reject", "Trust")
+    """What happens to a larger increment."""
+    robust: bool = key(False, "Trust")
+    """Bound what one client can do: in each round increments and weights are cut to their medians over the clients."""
+    dp_noise: float | None = key(None, "Trust", gt=0)
+    """Client-level differential privacy: standard deviation of the noise in multiples of dp_clip; null: none."""
+    dp_clip: float = key(1.0, "Trust", gt=0)
+    """Differential privacy: the norm to which a client's whole increment is clipped."""
+    dp_delta: float | None = key(None, "Trust", gt=0, lt=1)
+    """Differential privacy: the delta for which epsilon is told; null: num_clients to the power of -1.1."""
+
     runner: Literal["local", "ray", "flower"] = key("local", "Running")
     """Where clients train: this process, Ray workers, or a Flower federation."""
     workers: int = key(1, "Running", ge=1)

@@ -15,9 +15,19 @@ from typing import Any, Protocol
 
 import torch
 
-from flexlora import guard, lowrank, ranks, rundir, sampling, wire
-from flexlora.checkpoint import remove_checkpoints, replace_folder, write_checkpoint
-from flexlora.collection import Notify, RoundLog, Stopwatch, accept, in_client_order, timed
+from flexlora import guard, lowrank, privacy, ranks, rundir, sampling, wire
+from flexlora.checkpoint import remove_checkpoints, remove_kept, replace_folder, write_checkpoint
+from flexlora.collection import (
+    Notify,
+    RoundLog,
+    Spool,
+    Stopwatch,
+    accept,
+    examined,
+    in_client_order,
+    moderated,
+    timed,
+)
 from flexlora.config import Config
 from flexlora.randomness import derive
 from flexlora.rundir import Run
@@ -66,51 +76,70 @@ class Runner(Protocol):
 def run_rounds(setup: Setup, runner: Runner, run: Run, standing: Standing, notify: Notify) -> Run:
     """Play rounds until the last one, an early stop, or too few answers. The caller holds the run folder.
 
-    Raises FlexLoraError where too few clients answer; the state of the last finished round is saved then.
+    Raises FlexLoraError where too few clients answer or the disk refuses; the state of the last finished round is
+    saved then.
     """
-    config, method = setup.config, setup.method
-    while standing.round < config.rounds and not standing.stopped:
-        number = standing.round + 1
-        watch = Stopwatch()
-        begin = time.perf_counter()
-        standing, line = play_round(setup, runner, run, standing, watch, notify)
-        with watch("eval"):
-            adapter = global_adapter(method, standing.state, ranks.largest(standing.table.values()))
-            line["validation"] = dict(validate(setup, runner, standing, adapter))
-            standing = judge_round(config, standing, line["validation"])
-            last = number == config.rounds or standing.stopped is not None
-            due = config.eval_every > 0 and (last or number % config.eval_every == 0)
-            line["eval"] = dict(evaluate(setup, standing, adapter)) if due else {}
-        standing = replace(standing, energy=energy_beyond(method, standing.state, standing.table))
-        line["energy"] = dict(standing.energy)
-        line["stopped"] = standing.stopped
-        if standing.best_round == number and not method.personal:
-            save_adapter(setup, run, adapter, line)
-        seconds = {k: watch.seconds.get(k, 0.0) for k in ("train", "aggregate", "distribute", "eval")}
-        line["seconds"] = {**seconds, "other": time.perf_counter() - begin - sum(seconds.values())}
-        rundir.append_metrics(run.folder, line)
-        write_checkpoint(run.checkpoints, number, standing.state, standing.progress(setup))
-        keep = {number, number - 1, standing.best_round or number}
-        remove_checkpoints(run.checkpoints, keep)
-        notify("saved", {"round": number, "line": line})
+    while standing.round < setup.config.rounds and not standing.stopped:
+        try:
+            standing = finish_round(setup, runner, run, standing, notify)
+        except OSError as error:
+            raise FlexLoraError(
+                f"{error.filename or run.folder}: cannot be written: {error.strerror or error}; make room or writable, "
+                f"then go on with `flexlora resume {run.folder}`"
+            ) from None
     notify("stop", {"round": standing.round, "reason": standing.stopped or "last round", "folder": run.folder})
     return run
+
+
+def finish_round(setup: Setup, runner: Runner, run: Run, standing: Standing, notify: Notify) -> Standing:
+    """One round, scored and saved. The adapter comes first and the checkpoint last: a round that was cut off is played
+    again and writes the same bytes."""
+    config, method = setup.config, setup.method
+    number = standing.round + 1
+    watch = Stopwatch()
+    begin = time.perf_counter()
+    standing, line = play_round(setup, runner, run, standing, watch, notify)
+    with watch("eval"):
+        adapter = global_adapter(method, standing.state, ranks.largest(standing.table.values()))
+        line["validation"] = dict(validate(setup, runner, standing, adapter))
+        standing = judge_round(config, standing, line["validation"])
+        last = number == config.rounds or standing.stopped is not None
+        due = config.eval_every > 0 and (last or number % config.eval_every == 0)
+        line["eval"] = dict(evaluate(setup, standing, adapter)) if due else {}
+    standing = replace(standing, energy=energy_beyond(method, standing.state, standing.table))
+    line["energy"] = dict(standing.energy)
+    line["best_round"] = standing.best_round
+    line["stopped"] = standing.stopped
+    if setup.mechanism:
+        line["privacy"] = privacy.statement(setup.mechanism, number)
+    if standing.best_round == number and not method.personal:
+        save_adapter(setup, run, adapter, line)
+    seconds = {k: watch.seconds.get(k, 0.0) for k in ("train", "aggregate", "distribute", "eval")}
+    line["seconds"] = {**seconds, "other": time.perf_counter() - begin - sum(seconds.values())}
+    rundir.append_metrics(run.folder, line)
+    write_checkpoint(run.checkpoints, number, standing.state, standing.progress(setup))
+    keep = {number, number - 1, standing.best_round or number}
+    remove_checkpoints(run.checkpoints, keep)
+    remove_kept(run.kept, keep)
+    notify("saved", {"round": number, "line": line})
+    return standing
 
 
 def play_round(
     setup: Setup, runner: Runner, run: Run, standing: Standing, watch: Stopwatch, notify: Notify
 ) -> tuple[Standing, dict[str, Any]]:
     """One round without its scores: the new standing and the beginning of its line in metrics.jsonl."""
-    config, method, number = setup.config, setup.method, standing.round + 1
+    config, number = setup.config, standing.round + 1
+    secret = rundir.secret(run.folder) if setup.mechanism else 0
     log = RoundLog({})
     for attempt in range(ATTEMPTS):
-        clients = sampling.participants(
-            sorted(set(standing.table) & set(runner.clients())),
-            config.participation,
-            seed=config.seed,
-            round=number,
-            attempt=attempt,
-        )
+        present = sorted(set(standing.table) & set(runner.clients()))
+        if setup.mechanism:
+            clients = sampling.poisson(present, config.participation, seed=secret, round=number)
+        else:
+            clients = sampling.participants(
+                present, config.participation, seed=config.seed, round=number, attempt=attempt
+            )
         with watch("distribute"):
             tasks = [
                 TrainTask(
@@ -120,32 +149,52 @@ def play_round(
                     download,
                     config.local_training(number, setup.template),
                     derive(config.seed, "train", number, client),
+                    setup.base,
                 )
                 for client, download in downloads(setup, standing, clients)
             ]
         notify("round", {"round": number, "rounds": config.rounds, "clients": clients, "attempt": attempt})
         log = RoundLog(standing.energy)
-        results = timed(runner.train(number, tasks), watch, "train")
-        arrivals = in_client_order(results, tasks, run.folder / ".early")
+        results = examined(timed(runner.train(number, tasks), watch, "train"), tasks, standing.norms, limits_of(config))
+        updates = accept(in_client_order(results, tasks, Spool(run.folder / ".early")), tasks, log, notify)
         with watch("aggregate"):
-            state = aggregate(
-                method, standing, accept(arrivals, tasks, log, standing.norms, config.max_examples, notify)
-            )
+            if config.robust and tasks:
+                updates = moderated(updates, log, tasks[0].download.rule, Spool(run.folder / ".held"))
+            if setup.mechanism:
+                updates = iter([private_update(setup, setup.mechanism, standing, updates, secret)])
+            state = aggregate(setup.method, standing, updates)
         # Training happens while aggregate asks for the next update.
         watch.seconds["aggregate"] -= watch.seconds.pop("train_inside", 0.0)
-        needed = min(config.min_clients, len(clients))
-        if state is not None and len(log.accepted) >= needed:
-            table = {**standing.table, **log.ranks}
-            norms = (*standing.norms, *log.norms)[-guard.MEMORY :]
-            line = {"round": number, **log.line(), "attempt": attempt}
-            return replace(standing, round=number, state=state, table=table, norms=norms), line
-        notify(
-            "note", {"text": f"round {number}: {len(log.accepted)} of {len(clients)} clients answered, {needed} needed"}
-        )
+        if state is not None and (setup.mechanism or len(log.accepted) >= config.min_clients):
+            return after_round(setup, standing, state, tasks, log), {"round": number, **log.line(), "attempt": attempt}
+        answered = f"{len(log.accepted)} of {len(clients)} clients answered, {config.min_clients} needed"
+        notify("note", {"text": f"round {number}: {answered}"})
     raise FlexLoraError(
         f"round {number}: too few clients answered in {ATTEMPTS} attempts ({'; '.join(log.reasons()) or 'no answer'}); "
         f"the state of round {standing.round} is saved: mend that, then `flexlora resume {run.folder}`"
     )
+
+
+def limits_of(config: Config) -> guard.Limits:
+    """What a client may do. With differential privacy no bound may depend on other clients: its own clipping is one."""
+    factor = None if config.dp_noise else config.norm_factor
+    return guard.Limits(config.max_examples, config.max_norm, factor, config.norm_action)
+
+
+def after_round(setup: Setup, standing: Standing, state: Any, tasks: Sequence[TrainTask], log: RoundLog) -> Standing:
+    """The standing with the new state, pruned ranks, and the norms that the guard remembers."""
+    norms = standing.norms
+    if tasks and not setup.mechanism:
+        norms = guard.remembered(norms, guard.kind(tasks[0].download.rule), log.norms.values())
+    return replace(standing, round=standing.round + 1, state=state, table={**standing.table, **log.ranks}, norms=norms)
+
+
+def private_update(
+    setup: Setup, mechanism: privacy.Mechanism, standing: Standing, updates: Iterator[ClientUpdate], secret: int
+) -> ClientUpdate:
+    """The one noised update that stands for the round, at the largest rank of any client."""
+    top = setup.method.distribute(standing.state, ranks.largest(standing.table.values())).adapter
+    return privacy.private_update(updates, top, mechanism, seed=secret, round=standing.round + 1)
 
 
 def downloads(setup: Setup, standing: Standing, clients: Sequence[int]) -> Iterator[tuple[int, Download]]:
@@ -234,7 +283,8 @@ def evaluate(setup: Setup, standing: Standing, adapter: Adapter) -> Mapping[str,
 def judge_round(config: Config, standing: Standing, validation: Mapping[str, Any]) -> Standing:
     """The standing with the best round and the early stop brought up to date; without validation the last round is the best."""
     loss = validation.get("loss")
-    if loss is None or standing.best_round is None:
+    # With differential privacy nothing may be chosen by a loss on the clients' data: that would cost epsilon too.
+    if loss is None or standing.best_round is None or config.dp_noise:
         return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)
     if standing.best_loss is None or not math.isfinite(standing.best_loss) or loss < standing.best_loss:
         return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flexlora import ranks, sampling
+from flexlora import privacy, ranks, sampling
 from flexlora.card import model_card
 from flexlora.client import Site
 from flexlora.collection import Notify
@@ -22,11 +22,13 @@ from flexlora.methods import get_method, method_entry
 from flexlora.modeling import Model, load_adapter, load_model
 from flexlora.prompts import Template, TokenCache, load_template
 from flexlora.ranks import RankPlan
-from flexlora.rundir import Run, create_run, environment, exclusive, open_run, write_text
+from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, write_text
 from flexlora.runners.local import LocalRunner
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
+
+DP_INSTEAD = {"robust": "clips and weighs alike", "min_clients": "counts every round, whoever came"}
 
 
 def silent(event: str, facts: Mapping[str, Any]) -> None:
@@ -37,11 +39,11 @@ def run(config: Config, notify: Notify = silent) -> Run:
     """Play a whole run and return its folder. Raises FlexLoraError before anything is written where the input is bad."""
     if config.resume_from is not None:
         return resume(run_folder(config), at=config.resume_from, config=config, notify=notify)
-    with assembled(config, notify) as session:
-        folder = run_folder(config)
+    folder = run_folder(config)
+    refuse_taken(folder)
+    with assembled(config, folder, notify) as session, exclusive(folder):
         made = create_run(config, folder, environment(**session.facts))
-        with exclusive(folder):
-            return play(session, made, None, notify)
+        return play(session, made, None, notify)
 
 
 def resume(
@@ -62,7 +64,7 @@ def resume(
         done = len(found.metrics)
         if rounds is not None and rounds < done:
             raise FlexLoraError(f"rounds: {folder} has played {done} rounds already; --rounds can only grow")
-        with assembled(config, notify) as session:
+        with assembled(config, found.folder, notify) as session:
             return play(session, found, at, notify)
 
 
@@ -89,7 +91,10 @@ def play(session: Session, run: Run, at: int | None, notify: Notify) -> Run:
             scores["eval"] = {k: v for k, v in session.scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
         write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
     notify("base", run.base)
-    return run_rounds(session.setup, session.runner, run, standing, notify)
+    try:
+        return run_rounds(session.setup, session.runner, run, standing, notify)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(str(run.folder)) from None
 
 
 def run_folder(config: Config) -> Path:
@@ -128,6 +133,36 @@ def refuse_unequal(config: Config, method: Method, plan: RankPlan) -> None:
             f"method {config.method_name} needs equal ranks and ranks is {config.ranks!r}; "
             "use --ranks homo, or a method for unequal ranks such as flexlora"
         )
+
+
+def refuse_few(config: Config, clients: int) -> None:
+    """Raise FlexLoraError where no round can have as many answers as it needs."""
+    drawn = len(sampling.participants(range(clients), config.participation, seed=0, round=1))
+    if not config.dp_noise and drawn < config.min_clients:
+        raise FlexLoraError(
+            f"min_clients: a round needs {config.min_clients} answers and participation {config.participation:g} draws "
+            f"{drawn} of {clients} clients; raise --participation or lower --min_clients"
+        )
+
+
+def mechanism_of(config: Config, clients: int) -> privacy.Mechanism | None:
+    """Differential privacy as configured. Raises FlexLoraError for what does not go with it, and where its library is missing."""
+    if config.dp_noise is None:
+        return None
+    name = "slora" if config.baseline == "slora" else config.method_name
+    mechanism = privacy.mechanism(
+        name,
+        noise=config.dp_noise,
+        clip=config.dp_clip,
+        rate=config.participation,
+        clients=clients,
+        delta=config.dp_delta,
+    )
+    for key, taken in (("robust", config.robust), ("min_clients", config.min_clients > 1)):
+        if taken:
+            raise FlexLoraError(f"{key}: does not go with dp_noise, which {DP_INSTEAD[key]}; leave it out")
+    privacy.epsilon(mechanism, config.rounds)
+    return mechanism
 
 
 def rank_table(
@@ -178,7 +213,8 @@ def load(config: Config) -> Model:
 def check_schedule(config: Config, federation: Federation) -> None:
     """Read the training files of every client that the schedule will ask, so that bad data stops the run before it begins."""
     clients = sorted(federation.clients)
-    asked: set[int] = set()
+    # The sample of differential privacy is a secret of the run: anybody may be asked.
+    asked: set[int] = set(clients) if config.dp_noise else set()
     for round in range(1, config.rounds + 1):
         asked |= set(sampling.participants(clients, config.participation, seed=config.seed, round=round))
     for client in sorted(asked):
@@ -186,12 +222,14 @@ def check_schedule(config: Config, federation: Federation) -> None:
 
 
 @contextmanager
-def assembled(config: Config, notify: Notify) -> Iterator[Session]:
+def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]:
     """Check the configuration, open the data, load the model; cheap checks first. Closes the runner in the end."""
     method = method_of(config)
     if config.data is None:
         raise FlexLoraError("data: no folder given; name one with --data, or try `flexlora demo`")
     federation = open_federation(config.data, config.num_clients)
+    mechanism = mechanism_of(config, len(federation))
+    refuse_few(config, len(federation))
     load_template(config.prompt_template if config.prompt_template != "auto" else "alpaca")
     # Sizes of the types do not matter yet: this only asks whether they differ.
     refuse_unequal(config, method, ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=0))
@@ -217,12 +255,12 @@ def assembled(config: Config, notify: Notify) -> Iterator[Session]:
     }
     scorer = ModelScorer(model, config, template, validation, held_out, lambda line: model_card(config, facts, line))
     start = load_adapter(config.init_adapter, model.shapes) if config.init_adapter else None
-    setup = Setup(config, method, model.shapes, table, name, scorer, federation, start)
+    setup = Setup(config, method, model.shapes, table, name, scorer, federation, start, model.fingerprint, mechanism)
     site = Site(
         model,
         federation,
         TokenCache(),
-        run_folder(config) / "kept",
+        Run(folder).kept,
         config.eval_batch_size,
         getattr(torch, config.wire_dtype),
     )
@@ -231,4 +269,3 @@ def assembled(config: Config, notify: Notify) -> Iterator[Session]:
         yield Session(setup, runner, scorer, facts)
     finally:
         runner.close()
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,9 +44,9 @@ class Run:
 
     @property
     def best_round(self) -> int | None:
-        """The round with the lowest validation loss; None before the first."""
-        scored = [(m["validation"]["loss"], m["round"]) for m in self.metrics if m["validation"]]
-        return min(scored)[1] if scored else None
+        """The round with the lowest validation loss (with differential privacy: the last one); None before the first."""
+        metrics = self.metrics
+        return metrics[-1]["best_round"] if metrics else None
 
     @property
     def adapter(self) -> Path:
@@ -56,6 +56,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def kept(self) -> Path:
+        """Folder of the parts that never leave a client (personal methods)."""
+        return self.folder / "kept"
 
 
 def open_run(folder: Path) -> Run:
@@ -67,15 +72,19 @@ def open_run(folder: Path) -> Run:
     return Run(folder)
 
 
-def create_run(config: Config, folder: Path, environment: Mapping[str, Any]) -> Run:
-    """Make a new run folder with config.yaml and env.json. Raises FlexLoraError where a run stands there already."""
+def refuse_taken(folder: Path) -> None:
+    """Raise FlexLoraError where a run stands in the folder already."""
     if (folder / "config.yaml").exists():
         raise FlexLoraError(
             f"{folder}: a run stands there already; choose another --name, or `flexlora resume {folder}`"
         )
+
+
+def create_run(config: Config, folder: Path, environment: Mapping[str, Any]) -> Run:
+    """Make a new run in a folder: env.json, and config.yaml last. Raises FlexLoraError where a run stands there already."""
+    refuse_taken(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
         write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
     except OSError as error:
@@ -89,11 +98,14 @@ def exclusive(folder: Path) -> Iterator[None]:
     """Hold the run folder for this process. Raises FlexLoraError where another one does."""
     lock = FileLock(folder / ".lock")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise FlexLoraError(f"{folder}: another process is working on this run; wait for it or stop it") from None
     except OSError as error:
-        raise FlexLoraError(f"{folder}: cannot be written: {error.strerror or error}; make it writable") from None
+        raise FlexLoraError(
+            f"{folder}: cannot be written: {error.strerror or error}; make it writable, or choose another --output_dir"
+        ) from None
     try:
         yield
     finally:
@@ -103,8 +115,29 @@ def exclusive(folder: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def secret(folder: Path) -> int:
+    """The run's own random number, unknown to the clients, made at its first use: noise and samples that must not be
+    guessed are derived from it. Whoever reads the file can take the noise away again."""
+    path = folder / "secret"
+    if not path.is_file():
+        temporary = path.with_name(".secret.part")
+        temporary.unlink(missing_ok=True)
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    try:
+        return int(path.read_text(), 16)
+    except ValueError:
+        raise FlexLoraError(f"{path}: is damaged, and the noise of this run with it; start a new run") from None
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
@@ -122,14 +155,17 @@ def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last line that was cut short by a crash is left out."""
+    """The lines of metrics.jsonl up to the first one that is no round's: a crash may have cut the last one short."""
     path = folder / "metrics.jsonl"
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
             break
+        if not isinstance(line, dict) or not isinstance(line.get("round"), int):
+            break
+        lines.append(line)
     return lines
 
 
@@ -154,8 +190,3 @@ def environment(**facts: Any) -> dict[str, Any]:
         "versions": versions,
         **facts,
     }
-
-
-def remove_run(folder: Path) -> None:
-    """Remove a run folder that was made and never used."""
-    shutil.rmtree(folder, ignore_errors=True)

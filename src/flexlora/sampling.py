@@ -16,3 +16,13 @@ def participants(clients: Sequence[int], participation: float, *, seed: int, rou
     count = min(len(clients), max(1, int(participation * len(clients) + 1e-9)))
     purpose = ("sampling", round) if not attempt else ("sampling", round, attempt)
     return sorted(random.Random(derive(seed, *purpose)).sample(sorted(clients), count))
+
+
+def poisson(clients: Sequence[int], rate: float, *, seed: int, round: int) -> list[int]:
+    """Each client with probability `rate`, independently of the others; ascending, perhaps nobody.
+
+    What the accounting of differential privacy assumes. `seed` is a secret there: the sample is part of the guarantee.
+    """
+    return [
+        client for client in sorted(clients) if random.Random(derive(seed, "poisson", round, client)).random() < rate
+    ]

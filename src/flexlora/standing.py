@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,10 +10,18 @@ from typing import Any, Protocol
 import torch
 
 from flexlora import lowrank, ranks, rundir
-from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint, remove_checkpoints
+from flexlora.checkpoint import (
+    DamagedError,
+    checkpoint_folder,
+    checkpoint_rounds,
+    read_checkpoint,
+    recover_folder,
+    remove_checkpoints,
+)
 from flexlora.collection import Notify
 from flexlora.config import Config
 from flexlora.data.federation import Federation
+from flexlora.privacy import Mechanism
 from flexlora.rundir import Run
 from flexlora.types import Adapter, ClientUpdate, FlexLoraError, LowRank, Method, Ranks, Shapes
 
@@ -49,6 +57,10 @@ class Setup:
     """The data, whose fingerprint resume compares; None where the server has none."""
     start: Mapping[str, LowRank] | None = None
     """Adapter that the global model starts from."""
+    base: str = ""
+    """Fingerprint of the base model."""
+    mechanism: Mechanism | None = None
+    """Differential privacy, where it is asked for."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,8 @@ class Standing:
     """Rounds since the best one."""
     stopped: str | None = None
     """Why the run ended before its last round."""
-    norms: tuple[float, ...] = ()
-    """Norms of the accepted increments, for the guard."""
+    norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Norms of the accepted increments by kind of round, for the guard."""
     energy: Mapping[str, float] = field(default_factory=dict)
     """Label of each distinct ranks -> share of ‖W‖² beyond them."""
 
@@ -82,7 +94,7 @@ class Standing:
             "best_loss": self.best_loss,
             "stale_rounds": self.stale_rounds,
             "stopped": self.stopped,
-            "norms": list(self.norms),
+            "norms": {kind: list(norms) for kind, norms in self.norms.items()},
             "energy": dict(self.energy),
         }
 
@@ -97,7 +109,7 @@ def standing_of(round: int, state: Any, progress: Mapping[str, Any]) -> Standing
         progress["best_loss"],
         progress["stale_rounds"],
         progress["stopped"],
-        tuple(progress["norms"]),
+        progress["norms"],
         progress["energy"],
     )
 
@@ -178,7 +190,11 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
         if rounds and at != 0:
             raise FlexLoraError(f"{run.checkpoints}: no checkpoint is whole; start a new run")
         standing = first_standing(setup)
+    recover_folder(run.adapter)
     rundir.cut_metrics(run.folder, standing.round)
+    lost = standing.round - len(run.metrics)
+    if lost:
+        notify("note", {"text": f"{run.folder / 'metrics.jsonl'}: {lost} lines were damaged and are gone"})
     remove_checkpoints(run.checkpoints, {r for r in rounds if r <= standing.round})
     return standing
 

@@ -97,6 +97,10 @@ class ClientUpdate:
     """alpha/r by module as trained; only hetlora's handle_alpha reads it."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """What the client says of its training: train_loss, examples, tokens, cut, seconds, bytes_up, bytes_down. No method reads it."""
+    round: int | None = None
+    """The round that the client says it trained for."""
+    base: str | None = None
+    """Fingerprint of the base model that the client says it trained on."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,8 @@ class TrainTask:
     training: LocalTraining
     seed: int
     """Derived from (run seed, "train", round, client)."""
+    base: str = ""
+    """Fingerprint of the base model that the global model belongs to."""
 
 
 @dataclass(frozen=True)
