@@ -25,8 +25,8 @@ DEAD = 1e-7
 """A direction is dead where its singular value is at most this share of the largest."""
 BLOCK = 256
 """Columns that wait, in a dense sum, until one matrix product adds them all."""
-CROSSOVER = 0.5
-"""Share of min(d_out, d_in): a stack of higher rank is decomposed dense."""
+CROSSOVER, CROSSOVER_LARGE = 0.75, 0.5
+"""Share of min(d_out, d_in): a stack of higher rank is decomposed dense; sooner where a Krylov space is worth it there."""
 DECAYED = 1e-4
 """Below this share of the largest, a singular value is not read off a Gram matrix of float64: its square is off by
 some 1e-16 of the largest square, so that at this share it still has eight digits."""
@@ -171,8 +171,10 @@ class Sum:
 
 
 def dense_rank(d_out: int, d_in: int) -> int:
-    """The stacked rank up to which factors are kept: where they take no more room than the matrix."""
-    return min(d_out * d_in // (d_out + d_in), int(CROSSOVER * min(d_out, d_in)) or 1)
+    """The stacked rank up to which factors are kept: where they take no more room than the matrix, and less time."""
+    least = min(d_out, d_in)
+    share = CROSSOVER_LARGE if leading.pays(least, 1) else CROSSOVER
+    return min(d_out * d_in // (d_out + d_in), int(share * least) or 1)
 
 
 # --- decompositions ----------------------------------------------------------------------------------------------------
