@@ -154,7 +154,13 @@ class Config(BaseModel):
     runner: Literal["local", "ray", "flower"] = key("local", "Running")
     """Where clients train: this process, Ray workers, or a Flower federation."""
     workers: int = key(1, "Running", ge=1)
-    """Clients that train at once."""
+    """Clients that train at once, each in a process of its own where there are several."""
+    ray_address: str | None = key(None, "Running")
+    """Ray cluster to join (host:port, or auto); null: a Ray of its own on this machine."""
+    worker_gpus: float = key(0.0, "Running", ge=0)
+    """GPUs of one Ray worker; 0.5: two workers share one."""
+    round_timeout: float | None = key(None, "Running", gt=0)
+    """Federation: seconds that a round waits for its sites; null: twelve hours."""
     wire_dtype: Literal["float32", "bfloat16"] = key("float32", "Running")
     """Type in which adapters travel between server and client."""
     output_dir: Path = key(Path("runs"), "Running")

@@ -13,17 +13,17 @@ import torch
 
 from flexlora import privacy, ranks, sampling
 from flexlora.card import model_card
-from flexlora.client import Site
+from flexlora.client import Site, load
 from flexlora.collection import Notify
 from flexlora.config import Config
 from flexlora.data.federation import Federation, open_federation
 from flexlora.engine import Runner, run_rounds
 from flexlora.methods import get_method, method_entry
-from flexlora.modeling import Model, load_adapter, load_model
+from flexlora.modeling import Model, load_adapter
 from flexlora.prompts import Template, TokenCache, load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, write_text
-from flexlora.runners.local import LocalRunner
+from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
@@ -198,18 +198,6 @@ def template_name(config: Config, model: Model) -> str:
     return "chat" if model.has_chat_template else "alpaca"
 
 
-def load(config: Config) -> Model:
-    """The configured base model, its linear layers ready for adapters."""
-    return load_model(
-        config.model,
-        targets=config.lora_target_modules,
-        cache_dir=config.cache_dir,
-        device=config.device,
-        precision=config.precision,
-        trust_remote_code=config.trust_remote_code,
-    )
-
-
 def check_schedule(config: Config, federation: Federation) -> None:
     """Read the training files of every client that the schedule will ask, so that bad data stops the run before it begins."""
     clients = sorted(federation.clients)
@@ -224,6 +212,7 @@ def check_schedule(config: Config, federation: Federation) -> None:
 @contextmanager
 def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]:
     """Check the configuration, open the data, load the model; cheap checks first. Closes the runner in the end."""
+    refuse_runner(config)
     method = method_of(config)
     if config.data is None:
         raise FlexLoraError("data: no folder given; name one with --data, or try `flexlora demo`")
@@ -264,7 +253,7 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
         config.eval_batch_size,
         getattr(torch, config.wire_dtype),
     )
-    runner = LocalRunner(site, config.local_training(1, name))
+    runner = open_runner(config, site, federation.clients, config.local_training(1, name))
     try:
         yield Session(setup, runner, scorer, facts)
     finally:

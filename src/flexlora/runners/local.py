@@ -12,12 +12,13 @@ from flexlora.types import ClientFailure, ClientInfo, ClientScore, ClientUpdate,
 class LocalRunner:
     """Trains and evaluates at one `Site`."""
 
-    def __init__(self, site: Site, settings: LocalTraining) -> None:
+    def __init__(self, site: Site, clients: Sequence[int], settings: LocalTraining) -> None:
         self.site = site
         self.settings = settings
+        self._clients = {number: ClientInfo() for number in clients}
 
     def clients(self) -> Mapping[int, ClientInfo]:
-        return {number: ClientInfo() for number in self.site.federation.clients}
+        return self._clients
 
     def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
         for task in tasks:
