@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora import gguf
+from flexlora.adapted import Factors, adapt
 from flexlora.modeling import (
     Model,
     Scaling,
@@ -235,6 +236,41 @@ def test_merged_folder_has_the_logits_of_the_adapted_model(model: Model, folder:
         got = merged(input_ids=IDS).logits
     torch.testing.assert_close(got, dense_logits(folder, dense(adapter), dense(base_delta)), rtol=1e-4, atol=1e-4)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template == model.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("train", ["AB", "A", "B"])
+def test_the_layer_has_the_values_and_gradients_of_plain_operations(dropout: float, bias: bool, train: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, W, b, A, B, g = (
+        torch.randn(*size, generator=draw, dtype=torch.float64)
+        for size in [(2, 5, 7), (3, 7), (3,), (4, 7), (3, 4), (2, 5, 3)]
+    )
+    layer = adapt(torch.nn.Linear(7, 3, bias=bias).double())
+    with torch.no_grad():
+        layer.weight.copy_(W)
+        if bias:
+            layer.bias.copy_(b)
+
+    def outcome(plain: bool, need_x: bool) -> list[torch.Tensor | None]:
+        x_, A_, B_ = (t.clone().requires_grad_(need) for t, need in ((x, need_x), (A, "A" in train), (B, "B" in train)))
+        torch.manual_seed(5)
+        if plain:
+            z = torch.nn.functional.dropout(x_, dropout) if dropout else x_
+            y = x_ @ W.T + (b if bias else 0.0) + 1.7 * (z @ A_.T @ B_.T)
+        else:
+            layer.term = Factors(A_, B_, 1.7, dropout)
+            y = layer.train()(x_)
+        y.backward(g)
+        return [y.detach(), x_.grad, A_.grad, B_.grad]
+
+    for need_x in (True, False):
+        with torch.random.fork_rng():
+            for ours, truth in zip(outcome(False, need_x), outcome(True, need_x), strict=True):
+                assert (ours is None) == (truth is None)
+                if ours is not None:
+                    torch.testing.assert_close(ours, truth)
 
 
 def test_fingerprint_is_of_the_weights_not_of_folder_or_precision(folder: Path, model: Model, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 @dataclass
@@ -50,19 +51,56 @@ class AdaptedLinear(nn.Linear):
         term = self.term
         if isinstance(term, Scattered):
             y = _SparseLinear.apply(input, self.weight, self.bias, term.values, term.index)
-        else:
+        elif term is None or not len(term.A):
             y = super().forward(input)
-            if term is not None and len(term.A):
-                x = F.dropout(input, term.dropout, self.training) if term.dropout else input
-                y = y + low_rank(x, term)
+        else:
+            dropped = F.dropout(input, term.dropout) if term.dropout and self.training else None
+            A, B = term.A.to(input.dtype), term.B.to(input.dtype)
+            y = _LowRankLinear.apply(input, dropped, self.weight, self.bias, A, B, term.scaling)
         if self.extra is not None:
-            y = y + low_rank(input, self.extra)
+            A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
+            y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
         return y
 
 
-def low_rank(x: Tensor, term: Factors) -> Tensor:
-    """scaling · B A x for x (..., d_in), in the dtype of x."""
-    return F.linear(F.linear(x, term.A.to(x.dtype)), term.B.to(x.dtype)) * term.scaling
+class _LowRankLinear(torch.autograd.Function):
+    """y = W x + b + s B A z with z = x, or x after dropout: the low-rank term is added inside the matrix products.
+
+    Against the same in plain operations it saves three passes over (tokens, d_out) and (tokens, d_in), and the memory
+    of the products.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
+    ) -> Tensor:
+        inside = (x if z is None else z).flatten(0, -2)  # (tokens, d_in)
+        h = inside @ A.T  # (tokens, r)
+        y = F.linear(x, weight, bias)
+        y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
+        ctx.save_for_backward(inside, weight, A, B, h)
+        ctx.s, ctx.dropped = s, z is not None
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, weight, A, B, h = ctx.saved_tensors
+        need_x, need_z, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        g = grad.flatten(0, -2)  # (tokens, d_out)
+        dh = g @ B if need_x or need_z or need_A else None
+        dx = g @ weight if need_x else None
+        dz = dA = dB = None
+        if ctx.dropped:
+            dz = (dh @ A).mul_(ctx.s).view(*grad.shape[:-1], -1) if need_z else None
+        elif dx is not None:
+            dx.addmm_(dh, A, alpha=ctx.s)
+        if need_A:
+            assert dh is not None
+            dA = (dh.T @ z).mul_(ctx.s)
+        if need_B:
+            dB = (g.T @ h).mul_(ctx.s)
+        return None if dx is None else dx.view(*grad.shape[:-1], -1), dz, None, None, dA, dB, None
 
 
 class _SparseLinear(torch.autograd.Function):
