@@ -49,7 +49,7 @@ class OneFactor:
         # All clients froze rows of one and the same factor: the longest is what the product is exact for,
         # also where a cast on the way changed it.
         if self.frozen is None or frozen.shape[1 - self.dim] > self.frozen.shape[1 - self.dim]:
-            self.frozen = frozen.clone()
+            self.frozen = frozen
         self.weight += weight
 
     def mean(self) -> Tensor:

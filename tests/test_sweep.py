@@ -1,0 +1,144 @@
+"""Sweeps: the runs of a file, done ones skipped, interrupted ones gone on with; mean ± deviation over seeds."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flexlora import sweep as sweeps
+from flexlora.rundir import Run, open_run
+from flexlora.sweep import Row, compare, comparison_table, play_sweep, read_sweep, shown
+from flexlora.types import FlexLoraError
+from tiny import tiny_federation, tiny_model
+
+
+def write(folder: Path, **keys: Any) -> Path:
+    path = folder / "some.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "runs"), "data": "d", **keys}))
+    return path
+
+
+def test_a_file_names_its_runs(tmp_path: Path) -> None:
+    slora = {"label": "sparse", "method": "flexlora", "baseline": "slora", "sparse_rounds": 2}
+    path = write(
+        tmp_path, rounds=7, vary={"method": ["fedavg", "rbla", slora], "ranks": ["homo", "random"], "seed": [1, 2]}
+    )
+    sweep = read_sweep(path)
+    assert sweep.folder == tmp_path / "runs" / "some"
+    assert list(sweep.runs)[:3] == ["fedavg-homo-1", "fedavg-homo-2", "rbla-homo-1"]
+    assert len(sweep.runs) == 10
+    config = sweep.runs["sparse-random-2"]
+    assert (config.method, config.baseline, config.sparse_rounds, config.seed) == ("flexlora", "slora", 2, 2)
+    assert (config.ranks, config.rounds, config.output_dir) == ("random", 7, sweep.folder)
+    assert [line.split(":")[0] for line in sweep.left_out] == ["fedavg-random-1", "fedavg-random-2"]
+    assert read_sweep(path, {"rounds": 3}).runs["rbla-homo-1"].rounds == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({}, "vary must be a map of keys to lists"),
+        ({"vary": {"method": []}}, "vary must be a map of keys to lists"),
+        ({"vary": {"methods": ["flexlora"]}}, "vary, methods: 'flexlora' is no value of a key"),
+        ({"vary": {"method": [{"method": "rbla"}]}}, "give a map of keys with a label"),
+        ({"vary": {"method": ["rbla", "rbla"]}}, "two runs are called rbla"),
+        ({"vary": {"method": ["rblla"]}}, "did you mean rbla?"),
+        ({"vary": {"seed": ["one"]}}, "seed"),
+    ],
+)
+def test_a_bad_file_is_one_line(tmp_path: Path, keys: dict[str, Any], line: str) -> None:
+    with pytest.raises(FlexLoraError) as error:
+        read_sweep(write(tmp_path, **keys))
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("tiny_sweep")
+    return {
+        "model": str(tiny_model(folder / "model")),
+        "data": str(tiny_federation(folder / "data", 4)),
+        "participation": 0.5,
+        "rounds": 2,
+        "eval_every": 2,
+        "eval_examples": 2,
+        "max_new_tokens": 2,
+        "validation_examples": 2,
+        "lora_target_modules": ["q_proj"],
+    }
+
+
+def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, **tiny, vary={"method": ["flexlora", "rbla"], "seed": [1, 2]})
+    sweep = read_sweep(path)
+    started: list[str] = []
+
+    def note(event: str, facts: Any) -> None:
+        if event == "start":
+            started.append(Path(facts["folder"]).name)
+        if event == "saved" and len(started) == 2 and facts["round"] == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        play_sweep(sweep, note)
+    assert started == ["flexlora-1", "flexlora-2"]
+    done = (sweep.folder / "flexlora-1" / "metrics.jsonl").read_bytes()
+    runs = play_sweep(
+        sweep, lambda event, facts: started.append(Path(facts["folder"]).name) if event == "start" else None
+    )
+    assert started[2:] == ["flexlora-2", "rbla-1", "rbla-2"]
+    assert (sweep.folder / "flexlora-1" / "metrics.jsonl").read_bytes() == done
+    assert [len(r.metrics) for r in runs] == [2, 2, 2, 2]
+
+    # the same clients for all methods of one seed
+    sample = {r.folder.name: [[c["id"] for c in line["clients"]] for line in r.metrics] for r in runs}
+    assert sample["flexlora-1"] == sample["rbla-1"]
+    assert sample["flexlora-2"] == sample["rbla-2"]
+
+    rows = compare(runs)
+    assert [row.label for row in rows] == ["flexlora", "rbla"]
+    assert rows[0].seeds == (1, 2)
+    lowest = [min(line["validation"]["loss"] for line in open_run(sweep.folder / f"rbla-{s}").metrics) for s in (1, 2)]
+    assert rows[1].figures["loss"] == pytest.approx((statistics.mean(lowest), statistics.stdev(lowest)))
+    assert rows[1].figures["rougeL"][0] == pytest.approx(
+        statistics.mean(open_run(sweep.folder / f"rbla-{s}").metrics[-1]["eval"]["rougeL"] for s in (1, 2))
+    )
+    table = comparison_table(rows).splitlines()
+    assert table[0].split()[:2] == ["seeds", "loss"]
+    assert table[1].startswith("flexlora ")
+    assert "±" in table[2]
+
+    with pytest.raises(FlexLoraError, match="flexlora-1: was run with rounds 2, the sweep says 5"):
+        play_sweep(read_sweep(path, {"rounds": 5}))
+    with pytest.raises(FlexLoraError, match="was run with epochs 1, the sweep says 2"):
+        play_sweep(read_sweep(path, {"epochs": 2}))
+
+
+def test_kinds_are_told_apart_by_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexlora.config import Config
+
+    def fake(**keys: Any) -> Run:
+        found = Run(Path("nowhere"))
+        found.__dict__["config"] = Config(data=Path("d"), **keys)
+        return found
+
+    monkeypatch.setattr(sweeps, "figures", lambda found: {"loss": float(found.config.seed)})
+    rows = compare(
+        [fake(method=m, lora_r=r, seed=s, name=f"{m}{r}{s}") for m in ("rbla", "ffa") for r in (4, 8) for s in (1, 3)]
+    )
+    assert [row.label for row in rows] == ["rbla, lora_r 4", "rbla, lora_r 8", "ffa, lora_r 4", "ffa, lora_r 8"]
+    assert rows[0] == Row("rbla, lora_r 4", (1, 3), {"loss": (2.0, 2**0.5)})
+    assert [row.figures for row in compare([fake(seed=5)])] == [{"loss": (5.0, None)}]
+
+
+@pytest.mark.parametrize(
+    ("figure", "text"),
+    [((2.8549, 0.0113), "2.855 ± 0.011"), ((0.41237, None), "0.4124"), ((123.4, 5.0), "123.4 ± 5.0"), (None, "")],
+)
+def test_figures_have_four_digits(figure: Any, text: str) -> None:
+    assert shown(figure) == text
