@@ -199,7 +199,7 @@ def render(template: Template, record: Record, tokenizer: Any = None) -> tuple[s
     `chat` needs the tokenizer; the prompt is then exactly ``apply_chat_template(..., add_generation_prompt=True)``.
     """
     if template.is_chat:
-        return _chat_prompt(tokenizer, prompt_messages(record)), record.output
+        return _chat_text(tokenizer, prompt_messages(record), add_generation_prompt=True), record.output
     if record.messages is not None:
         instruction = "\n\n".join(content for _, content in record.messages[:-1])
         return template.prompt_no_input.format(instruction=instruction), record.output
@@ -208,7 +208,7 @@ def render(template: Template, record: Record, tokenizer: Any = None) -> tuple[s
     return template.prompt_no_input.format(instruction=record.instruction), record.output
 
 
-def _chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+def _chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
@@ -216,7 +216,7 @@ def _chat_prompt(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
             "prompt_template chat: this tokenizer has no chat template: choose --prompt_template alpaca"
         )
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, tokenize=False)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         reason = " ".join(str(error).split())
@@ -235,7 +235,8 @@ def end_of_turn(template: Template, tokenizer: Any) -> tuple[int, ...]:
         return (tokenizer.eos_token_id,)
     answer = "flexlora"
     conversation = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-    tail = tokenizer.apply_chat_template(conversation, tokenize=False).rpartition(answer)[2].strip()
+    text = _chat_text(tokenizer, conversation, add_generation_prompt=False)
+    tail = text.rpartition(answer)[2].strip()
     ids = tokenizer(tail, add_special_tokens=False).input_ids
     special = set(tokenizer.all_special_ids)
     for place, token in enumerate(ids):

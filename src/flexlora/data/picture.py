@@ -9,7 +9,7 @@ from pathlib import Path
 from flexlora.data.inspection import Inspection
 from flexlora.types import FlexLoraError
 
-WIDTH, PANEL, LEFT, TOP, GAP = 760, 170, 60, 40, 70
+WIDTH, PANEL, LEFT, TOP, GAP = 760, 170, 60, 40, 84
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb")
 """Paul Tol's bright scheme, told apart by colour-blind eyes as well; grey is everything else."""
 
