@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console
 
+from flexlora.commands.data import app as data_commands
 from flexlora.config import Config, key_aliases, key_group, make_config, read_config
 from flexlora.types import FlexLoraError
 
@@ -30,8 +31,7 @@ app = App(
     result_action="return_value",
     default_parameter=Parameter(name_transform=lambda name: name),
 )
-data_app = App(name="data", help="Prepare, partition and look at the data of a federation.")
-app.command(data_app)
+app.command(data_commands)
 
 Quiet = Annotated[bool, Parameter(help="Print nothing while it works.", negative="", group="Output")]
 Json = Annotated[
@@ -149,7 +149,7 @@ def _summary(folder: Path, quiet: bool) -> None:
 
     out.print(report_table([folder]))
     out.print(f"run folder: {folder}", markup=False)
-    _next(f'flexlora generate {folder} --prompt "…"   ·   flexlora export {folder} --rank 8 --out my-adapter')
+    _next(f"flexlora report {folder}")
 
 
 @app.command
@@ -308,6 +308,90 @@ def generate(
         out.print()
         if prompt is not None:
             break
+
+
+@app.command
+def report(runs: list[Path], /, *, out: Annotated[Path | None, Parameter("--out")] = None) -> None:
+    """Write a page with charts, report.html, of one run or of several side by side; and print a table.
+
+    Runs that differ in their seed only are shown as mean ± standard deviation.
+
+    Examples:
+
+        flexlora report runs/first
+
+        flexlora report runs/flexlora-* runs/hetlora-* --out comparison.html
+
+    Parameters
+    ----------
+    runs
+        Run folders.
+    out
+        The file; default: report.html in the run's folder, of several runs in this one.
+    """
+    from flexlora.report import write_report
+    from flexlora.tables import report_table
+
+    path = write_report(runs, out)
+    console = Console(highlight=False)
+    console.print(report_table(runs))
+    console.print(f"report: {path}", markup=False, soft_wrap=True)
+    if len(runs) == 1:
+        console.print(f"next: flexlora inspect {runs[0]}", markup=False, soft_wrap=True)
+    else:
+        console.print(f"next: flexlora report {runs[0]}", markup=False, soft_wrap=True)
+
+
+@app.command(name="inspect")
+def inspect_run(run: Path, /, *, energy: float = 0.99, round: int | None = None) -> None:
+    """The spectrum of a run's global delta weight by module, and the ranks that keep a share of its energy.
+
+    Example:
+
+        flexlora inspect runs/first --energy 0.95
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    energy
+        Share of every module's ‖W‖² to keep, above 0 and at most 1.
+    round
+        A round that has a checkpoint; default: the best one.
+    """
+    from flexlora.rundir import open_run
+    from flexlora.spectrum import spectra
+    from flexlora.tables import spectrum_table
+
+    if not 0 < energy <= 1:
+        raise FlexLoraError(f"energy: {energy:g} is no share; give a figure above 0 and at most 1, e.g. 0.99")
+    found = spectra(open_run(run), round)
+    table, advised = spectrum_table(found, energy)
+    out.print(table)
+    _next(f"flexlora export {run} --rank {advised} --out my-adapter")
+
+
+@app.command
+@config_keys
+def sweep(sweep_file: Path, /, *, quiet: Quiet = False, json: Json = False, **keys: Any) -> None:
+    """Play many runs from one file: every combination of its axes, the same clients for all methods; what is done is skipped.
+
+    Example:
+
+        flexlora sweep configs/compare.yaml --rounds 4
+    """
+    from flexlora.display import display
+    from flexlora.sweep import play_sweep, read_sweep
+    from flexlora.tables import report_table
+
+    wanted = read_sweep(sweep_file, given(keys))
+    for line in wanted.left_out:
+        err.print(f"left out: {line}", style="dim", markup=False)
+    with display(_mode(quiet, json), out) as notify:
+        played = play_sweep(wanted, notify)
+    if not (quiet or json):
+        out.print(report_table([run.folder for run in played]))
+        _next(f"flexlora report {' '.join(str(run.folder) for run in played)}")
 
 
 @app.command

@@ -1,0 +1,1 @@
+"""Groups of commands that `flexlora.cli` puts together."""

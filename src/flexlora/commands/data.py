@@ -1,0 +1,183 @@
+"""`flexlora data prepare | partition | inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+app = App(name="data", help="Prepare, partition and look at the data of a federation.")
+console = Console(highlight=False)
+
+
+@app.command
+def prepare(
+    *,
+    source: Path,
+    out: Path,
+    fraction: float = 0.1,
+    languages: Literal["english", "all"] = "english",
+    max_clients: int | None = None,
+    seed: int = 42,
+) -> None:
+    """Build the paper's federation from a checkout of allenai/natural-instructions: one task a client.
+
+    Example:
+
+        flexlora data prepare --source natural-instructions --out data
+
+    Parameters
+    ----------
+    source
+        The checkout, with tasks/ and splits/default/.
+    out
+        A new folder.
+    fraction
+        Share of each task's examples that is drawn.
+    languages
+        english, or all.
+    max_clients
+        At most that many clients.
+    seed
+        The same seed gives the same bytes.
+    """
+    from flexlora.data.natural_instructions import prepare as build
+
+    with console.status("reading tasks") as status:
+        made = build(
+            source,
+            out,
+            fraction=fraction,
+            languages=languages,
+            max_clients=max_clients,
+            seed=seed,
+            progress=lambda done, total: status.update(f"reading tasks {done}/{total}"),
+        )
+    _made(made.clients, made.examples, out)
+
+
+@app.command
+def partition(
+    file: str,
+    /,
+    *,
+    clients: int,
+    out: Path,
+    by: str = "iid",
+    seed: int = 42,
+    instruction: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+    category: str | None = None,
+    messages: str | None = None,
+    drop_empty: bool = False,
+) -> None:
+    """Deal one table of instructions out to clients: JSON, JSONL, CSV, Parquet, or a data set on disk.
+
+    Columns named as in Alpaca and Dolly are understood; name others with the options below.
+
+    Examples:
+
+        flexlora data partition dolly.jsonl --clients 20 --by dirichlet:0.5 --out data
+
+        flexlora data partition notes.csv --clients 8 --instruction question --output answer --out data
+
+    Parameters
+    ----------
+    file
+        The table.
+    clients
+        Number of clients.
+    out
+        A new folder.
+    by
+        iid, dirichlet:ALPHA, category, or shards:K.
+    seed
+        The same seed gives the same bytes.
+    instruction
+        Column that holds the instruction.
+    input
+        Column that holds the input.
+    output
+        Column that holds the response.
+    category
+        Column to partition by.
+    messages
+        Column that holds whole conversations.
+    drop_empty
+        Leave rows without a response out, and say how many.
+    """
+    from flexlora.data.partition import partition as deal
+
+    named = {"instruction": instruction, "input": input, "output": output, "category": category, "messages": messages}
+    columns = {field: column for field, column in named.items() if column is not None}
+    made = deal(file, out, clients, by, seed=seed, columns=columns, drop_empty=drop_empty)
+    if made.dropped:
+        console.print(f"{made.dropped} rows without a response left out")
+    _made(made.clients, made.examples, out)
+
+
+def _made(clients: int, training: int, out: Path) -> None:
+    console.print(f"written: {out}: {clients} clients, {training} training examples", markup=False)
+    console.print(f"next: flexlora data inspect {out}", markup=False)
+
+
+@app.command
+def inspect(
+    data: Path,
+    /,
+    *,
+    num_clients: int | None = None,
+    model: str | None = None,
+    prompt_template: str = "auto",
+    cutoff_len: int = 512,
+    cache_dir: Path | None = None,
+    picture: Annotated[
+        Path | None, Parameter(help="File for the picture; default: inspect.svg in this folder.")
+    ] = None,
+) -> None:
+    """Show a federation: examples, categories, token lengths, truncation, duplicates, label skew; and draw it.
+
+    Example:
+
+        flexlora data inspect data --model smollm2
+
+    Parameters
+    ----------
+    data
+        The federation's folder.
+    num_clients
+        Which one, where the folder holds several.
+    model
+        A model whose tokenizer counts the tokens; default: none are counted.
+    prompt_template
+        As the key of `flexlora run`.
+    cutoff_len
+        Tokens of one example, to count what would be cut.
+    cache_dir
+        Where converted models are kept.
+    """
+    from flexlora.data.inspection import inspect as look
+    from flexlora.data.inspection import inspection_table
+    from flexlora.data.picture import write_picture
+    from flexlora.modeling import load_model
+    from flexlora.prompts import load_template
+
+    tokenizer = load_model(model, cache_dir=cache_dir).tokenizer if model else None
+    if prompt_template == "auto":
+        prompt_template = "chat" if getattr(tokenizer, "chat_template", None) else "alpaca"
+    template = load_template(prompt_template) if tokenizer is not None else None
+    with console.status("reading") as status:
+        found = look(
+            data,
+            num_clients=num_clients,
+            tokenizer=tokenizer,
+            template=template,
+            cutoff_len=cutoff_len,
+            progress=lambda done, total: status.update(f"reading {done}/{total}"),
+        )
+    console.print(inspection_table(found))
+    console.print(f"picture: {write_picture(found, picture or Path('inspect.svg'))}", markup=False)
+    console.print(f"next: flexlora run --data {data} --num_clients {found.clients}", markup=False)
