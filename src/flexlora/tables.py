@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
 from flexlora.data.federation import Federation
 from flexlora.evaluation import Scores
 from flexlora.ranks import REST, RankPlan
 from flexlora.rundir import Run, open_run
+from flexlora.spectrum import advised_ranks, beyond, by_kind, rank_for
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -34,29 +36,37 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
 
 def rounds_table(run: Run) -> Table:
-    """One row a round of one run."""
+    """One row a round of one run; it fits 80 columns. Columns in which nothing happened are left out."""
+    lines, base = run.metrics, run.base
+    scored, failed = any(line["eval"] for line in lines), any(line["failed"] for line in lines)
+    held_out = ("held-out\nloss", "held-out\nROUGE-L") if scored else ()
     table = _table(
-        "round", "train loss", "validation", "held-out loss", "ROUGE-L", "clients@ranks", "failed", "up", "down", "s"
+        "round", "train\nloss", "valid.\nloss", *held_out, "clients@ranks", *(["failed"] if failed else []), "MB", "s"
     )
-    base = run.base
+    for column in table.columns:
+        column.no_wrap = column.header != "clients@ranks"
+    table.columns[-2 - failed - 1].overflow = "fold"
+
+    def scores(of: Mapping[str, Any]) -> list[str]:
+        found = of.get("eval") or {}
+        return [
+            shown((of.get("validation") or {}).get("loss")),
+            *([shown(found.get("loss")), shown(found.get("rougeL"))] if scored else []),
+        ]
+
     if base:
-        held_out = base.get("eval") or {}
-        first = base.get("validation") or {}
-        table.add_row("base", "–", shown(first.get("loss")), shown(held_out.get("loss")), shown(held_out.get("rougeL")))
+        table.add_row("base", "–", *scores(base))
     best = run.best_round
-    for line in run.metrics:
-        held_out = line["eval"]
+    for line in lines:
         kinds = Counter(c["ranks"] for c in line["clients"])
+        traffic = sum(c["bytes_up"] + c["bytes_down"] for c in line["clients"]) / 1e6
         table.add_row(
-            f"{line['round']}{' *' if line['round'] == best else ''}",
+            f"{line['round']}{' *' if line['round'] == best else '  '}",
             shown(line["train_loss"]),
-            shown(line["validation"].get("loss")),
-            shown(held_out.get("loss")),
-            shown(held_out.get("rougeL")),
+            *scores(line),
             " ".join(f"{count}@{label}" for label, count in kinds.items()),
-            str(len(line["failed"]) or "–"),
-            megabytes(sum(c["bytes_up"] for c in line["clients"])),
-            megabytes(sum(c["bytes_down"] for c in line["clients"])),
+            *([str(len(line["failed"]) or "–")] if failed else []),
+            f"{traffic:.1f}" if traffic < 100 else f"{traffic:.0f}",
             f"{sum(line['seconds'].values()):.0f}",
         )
     return table
@@ -80,38 +90,54 @@ def outcome(run: Run) -> dict[str, Any]:
     }
 
 
-def comparison_table(folders: Sequence[Path]) -> Table:
-    """Runs that differ in their seed only are one row: mean ± standard deviation over the seeds."""
-    groups: dict[tuple[str, ...], list[Run]] = {}
-    for folder in folders:
-        run = open_run(folder)
+PLACE = ("seed", "name", "output_dir", "cache_dir", "resume_from", "workers", "runner")
+"""Configuration keys in which runs of one group may differ: they say where and how often, not what."""
+
+
+def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Runs that differ in their seed only are one group, under a name of method, ranks, training and what else differs."""
+    kinds: list[dict[str, Any]] = []
+    for run in runs:
+        kind = {k: v for k, v in run.config.dump().items() if k not in PLACE}
+        # The demo's data lie in its run folder: their path says nothing.
+        if kind["data"] and Path(kind["data"]).resolve().is_relative_to(run.folder.resolve()):
+            kind["data"] = None
+        kinds.append(kind)
+    told = {"method", "ranks", "baseline", "method_options"}
+    differing = [k for k in kinds[0] if k not in told and any(kind[k] != kinds[0][k] for kind in kinds)]
+    groups: dict[str, list[Run]] = {}
+    for run, kind in zip(runs, kinds, strict=True):
         config = run.config
-        kind = config.ranks if isinstance(config.ranks, str) else "map"
-        options = ",".join(f"{k}={v}" for k, v in config.method_options.items())
-        method = config.method_name + (f"({options})" if options else "")
-        groups.setdefault((method, Path(kind).stem, config.baseline), []).append(run)
+        options = " ".join(f"{k}={v}" for k, v in config.method_options.items())
+        ranks = Path(config.ranks).stem if isinstance(config.ranks, str) else "map"
+        if ranks == "map":
+            maps = [k["ranks"] for k in kinds if not isinstance(k["ranks"], str)]
+            number = [m for i, m in enumerate(maps) if m not in maps[:i]].index(kind["ranks"])
+            ranks = f"map {number + 1}" if number else "map"
+        others = [f"{k}={kind[k]}" for k in differing]
+        groups.setdefault(
+            " ".join(filter(None, [config.method_name, options, ranks, config.baseline, *others])), []
+        ).append(run)
+    return groups
+
+
+def comparison_table(folders: Sequence[Path]) -> Table:
+    """One row a group of `grouped`: mean and standard deviation over its runs, at the best round of each."""
     table = _table(
-        "method",
-        "ranks",
-        "training",
-        "seeds",
-        "rounds",
-        "validation",
-        "held-out loss",
-        "ROUGE-L",
-        "energy beyond smallest",
-        "traffic",
+        "method, ranks, training", "runs", "valid.\nloss", "held-out\nloss", "held-out\nROUGE-L", "energy\nbeyond", "MB"
     )
-    for (method, kind, baseline), runs in groups.items():
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    table.columns[0].overflow = "fold"
+    table.caption = "± standard deviation over runs; energy beyond: share of ‖W‖² beyond the smallest ranks"
+    table.caption_justify = "left"
+    for name, runs in grouped([open_run(folder) for folder in folders]).items():
         found = [outcome(run) for run in runs]
         cells = [
-            mean_deviation([o[k] for o in found], digits)
+            mean_deviation([o[k] for o in found], digits).replace(" ± ", "\n± ")
             for k, digits in (("validation", 4), ("loss", 4), ("rougeL", 4), ("energy", 4))
         ]
-        rounds = sorted({o["rounds"] for o in found})
-        traffic = megabytes(statistics.fmean(o["bytes"] for o in found))
-        shown_rounds = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]}–{rounds[-1]}"
-        table.add_row(method, kind, baseline, str(len(runs)), shown_rounds, *cells, traffic)
+        table.add_row(name, str(len(runs)), *cells, f"{statistics.fmean(o['bytes'] for o in found) / 1e6:.1f}")
     return table
 
 
@@ -156,6 +182,26 @@ def ranks_table(plan: RankPlan, clients: int, seed: int) -> Table:
 def _spoken(rows: Mapping[str, int]) -> str:
     named = [f"{module} {rank}" for module, rank in rows.items() if module != REST]
     return ", ".join([*named, *([f"{'others' if named else 'all'} {rows[REST]}"] if REST in rows else [])])
+
+
+def spectrum_table(found: Mapping[str, Tensor], energy: float) -> tuple[Table, int]:
+    """By layer, for each kind of module the smallest rank that keeps the share `energy` of its ‖W‖²; and the largest of all."""
+    kinds, advised = by_kind(found), advised_ranks(found, energy)
+    title = f"smallest ranks that keep {energy:.4g} of ‖W‖² in each module"
+    table = _table("layer", *(kind.removesuffix("_proj") for kind in kinds), title=title)
+    layers = sorted({layer for rows in kinds.values() for layer in rows})
+    needed = {kind: {layer: rank_for(values, energy) for layer, values in rows.items()} for kind, rows in kinds.items()}
+    for layer in layers:
+        table.add_row(str(layer), *(str(rows.get(layer, "–")) for rows in needed.values()))
+    table.add_section()
+    table.add_row("largest", *(str(max(rows.values())) for rows in needed.values()))
+    table.add_row("mean", *(f"{statistics.fmean(rows.values()):.1f}" for rows in needed.values()))
+    tails = {kind: beyond(list(rows.values())) for kind, rows in kinds.items()}
+    for rank in (1, 2, 4, 8, 16, 32, 64):
+        if any(len(tail) > rank for tail in tails.values()):
+            shares = (f"{tail[rank]:.1e}" if len(tail) > rank else "0" for tail in tails.values())
+            table.add_row(f"beyond {rank}", *shares)
+    return table, max(advised.values())
 
 
 def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
