@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, get_linear_schedule_with_warmup
 
 from flexlora.modeling import Model, load_model, save_adapter
-from flexlora.training import batches, collate, label_tokens, learning_rate, loss_sum, train_client
+from flexlora.training import batches, collate, label_tokens, learning_rate, loss_sum, shared_prefix, train_client
 from flexlora.types import Adapter, ClientRule, ClientUpdate, Download, LocalTraining, LowRank, Sparse, TrainTask
 from tiny import tiny_model
 
@@ -189,6 +189,78 @@ def test_accumulation_does_not_change_the_result(model: Model, monkeypatch: pyte
         assert curves[other] == pytest.approx(curves[0], abs=1e-5)
         assert difference(adapters[0], adapters[other]) < 1e-5
     assert difference(adapters[0], start_adapter(model)) > 0.01
+
+
+def with_prefix(length: int, count: int = 6) -> list[Example]:
+    """Examples that all begin with the same tokens; one of them is hardly longer than the prefix."""
+    prefix = tuple((7 * i) % 200 for i in range(length))
+    rest = make_examples(count, seed=4)
+    longer = [Example(prefix + x.input_ids, x.response_start + length) for x in rest]
+    return [*longer, Example((*prefix, 5, 6), length)]
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+@pytest.mark.parametrize("micro", [7, 2, 1])
+def test_a_shared_prefix_is_computed_once_and_changes_nothing(
+    model: Model, monkeypatch: pytest.MonkeyPatch, train_on_inputs: bool, micro: int
+) -> None:
+    examples = with_prefix(20)
+    training = replace(
+        TRAINING,
+        optimizer="sgd",
+        learning_rate=0.5,
+        batch_size=7,
+        micro_batch_size=micro,
+        warmup=0,
+        train_on_inputs=train_on_inputs,
+    )
+    task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
+    tokens: list[int] = []
+    watch = model.network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
+    outcomes = []
+    for shares in (True, False):
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "shares_prefix", shares)
+            outcomes.append((train_client(model, task, examples), sum(tokens)))
+        tokens.clear()
+    watch.remove()
+    (ours, few), (plain, many) = outcomes
+    assert few <= many - 2 * 6 * 19
+    for key in ("first_loss", "last_loss"):
+        assert ours.metrics[key] == pytest.approx(plain.metrics[key], abs=1e-5)
+    assert difference(ours.adapter, plain.adapter) < 1e-5
+    assert difference(ours.adapter, task.download.adapter) > 0.01
+
+
+@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=6), min_size=2, max_size=4), st.booleans(), st.data())
+@settings(deadline=None, max_examples=60)
+def test_the_shared_prefix_leaves_every_label_its_predictor(
+    tails: list[list[int]], train_on_inputs: bool, data: st.DataObject
+) -> None:
+    head = tuple(range(100, 170))
+    examples = [Example((*head, *t), 68 + data.draw(st.integers(0, len(t) + 1))) for t in tails]
+    share = shared_prefix(examples, train_on_inputs)
+    assert (
+        len({x.input_ids[: share + 1] for x in examples}) == 1
+    )  # the token after it is common: the prefix predicts it
+    if train_on_inputs:
+        assert len({x.input_ids[: share + 2] for x in examples}) > 1 or share + 1 == min(
+            len(x.input_ids) for x in examples
+        )
+    else:
+        assert all(share <= x.response_start - 1 for x in examples)
+        whole, part = collate(examples, False), collate(examples, False, skip=share)
+        assert whole.labels.tolist() == part.labels.tolist()
+
+
+def test_short_prefixes_and_windows_are_not_shared(model: Model, tmp_path: Path) -> None:
+    assert shared_prefix(with_prefix(5), False) == 0
+    assert shared_prefix(with_prefix(20)[:1], False) == 0
+    assert model.shares_prefix
+    config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": 8})
+    window = Model(MistralForCausalLM(config), model.tokenizer, name="window")
+    assert not window.shares_prefix
+    train_client(window, task_of(start_adapter(window)), with_prefix(20))
 
 
 def test_padding_and_the_other_examples_do_not_matter(model: Model) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from flexlora import gguf
 from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt
+from flexlora.prefix import Prefix, plain_attention
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -52,6 +53,8 @@ class Model:
         self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
+        self.shares_prefix: bool = plain_attention(network)
+        """Whether `read_prefix` is exact for this architecture."""
         self._keep: Tensor | None = None
         network.get_output_embeddings().register_forward_pre_hook(self._select)
 
@@ -140,13 +143,23 @@ class Model:
                 parts.append(layer.term.values)
         return [x for x in parts if x.requires_grad]
 
-    def logits(self, input_ids: Tensor, keep: Tensor) -> Tensor:
+    def logits(self, input_ids: Tensor, keep: Tensor, prefix: Prefix | None = None) -> Tensor:
         """(n, vocabulary) logits at the n positions `keep` of the flattened (batch, length) input.
 
         Sequences start at the left edge and may be padded on the right with anything: no token sees what comes after it.
+        With a `prefix` each sequence goes on where the prefix ends.
         """
+        more: dict[str, Any] = {"use_cache": False}
+        if prefix is not None:
+            more = {"use_cache": True, "past_key_values": prefix.cache(len(input_ids))}
         with self._only(keep):
-            return self.network(input_ids=input_ids, use_cache=False).logits[0]
+            return self.network(input_ids=input_ids, **more).logits[0]
+
+    def read_prefix(self, input_ids: Tensor, keep: Tensor) -> tuple[Prefix, Tensor]:
+        """Run the (length,) tokens that several sequences begin with, once; also their logits at the positions `keep`."""
+        with self._only(keep):
+            out = self.network(input_ids=input_ids[None], use_cache=True)
+        return Prefix([(x.keys, x.values) for x in out.past_key_values.layers]), out.logits[0]
 
     @contextmanager
     def _only(self, keep: Tensor) -> Iterator[None]:

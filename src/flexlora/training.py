@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flexlora.adapted import Factors
 from flexlora.modeling import Model, scaling
+from flexlora.prefix import Prefix
 from flexlora.randomness import derive, generator
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
@@ -26,12 +27,15 @@ MAX_GRAD_NORM = 1.0
 GROUP = 8
 """Batches that group_by_length sorts together: lengths are alike inside a batch, order and company stay random."""
 
+MIN_SAVED = 64
+"""Tokens that a shared prefix must save in a batch: it costs one more pass through the layers."""
+
 
 class Tokens(Protocol):
     """One tokenised example, as `flexlora.prompts.Encoded`."""
 
     @property
-    def input_ids(self) -> Sequence[int]: ...
+    def input_ids(self) -> tuple[int, ...]: ...
     @property
     def response_start(self) -> int: ...
     @property
@@ -49,28 +53,46 @@ class MicroBatch(NamedTuple):
     """(n,)"""
 
 
-def collate(examples: Sequence[Tokens], train_on_inputs: bool, device: torch.device | str = "cpu") -> MicroBatch:
-    """Labels are the response tokens, with `train_on_inputs` all tokens but the first, which nothing predicts."""
-    length = max(len(x.input_ids) for x in examples)
+def collate(
+    examples: Sequence[Tokens], train_on_inputs: bool, device: torch.device | str = "cpu", *, skip: int = 0
+) -> MicroBatch:
+    """Labels are the response tokens, with `train_on_inputs` all tokens but the first, which nothing predicts.
+
+    The first `skip` tokens of every example are left out: a prefix that `shared_prefix` found.
+    """
+    length = max(len(x.input_ids) for x in examples) - skip
     input_ids = torch.zeros(len(examples), length, dtype=torch.long)
     keep: list[Tensor] = []
     labels: list[Tensor] = []
     for row, x in enumerate(examples):
-        ids = torch.tensor(x.input_ids, dtype=torch.long)
+        ids = torch.tensor(x.input_ids[skip:], dtype=torch.long)
         input_ids[row, : len(ids)] = ids
-        first = 1 if train_on_inputs else max(1, x.response_start)
+        first = 1 if train_on_inputs else max(1, x.response_start - skip)
         labels.append(ids[first:])
         keep.append(torch.arange(first, len(ids)) + (row * length - 1))
     return MicroBatch(input_ids.to(device), torch.cat(keep).to(device), torch.cat(labels).to(device))
+
+
+def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
+    """How many leading tokens need computing only once for all of `examples`; 0 where that saves little.
+
+    What is left of each example predicts its own labels: at least one token, and one before the response.
+    """
+    least, most = min(x.input_ids for x in examples), max(x.input_ids for x in examples)
+    common = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(len(least), len(most)))
+    end = common if train_on_inputs else min(common, *(x.response_start for x in examples))
+    share = max(0, end - 1)
+    return share if share * (len(examples) - 1) >= MIN_SAVED else 0
 
 
 def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
     return len(example.input_ids) - (1 if train_on_inputs else max(1, example.response_start))
 
 
-def loss_sum(model: Model, batch: MicroBatch) -> Tensor:
+def loss_sum(model: Model, batch: MicroBatch, prefix: Prefix | None = None) -> Tensor:
     """Negative log likelihood in nats, summed over the labels of one micro-batch."""
-    return F.cross_entropy(model.logits(batch.input_ids, batch.keep).float(), batch.labels, reduction="sum")
+    logits = model.logits(batch.input_ids, batch.keep, prefix)
+    return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
 
 
 def batches(lengths: Sequence[int], training: LocalTraining, seed: int) -> list[list[int]]:
@@ -163,22 +185,38 @@ def train_client(
 
 
 def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining) -> float:
-    """Add the gradients of one batch, micro-batch after micro-batch of like lengths; returns its loss."""
+    """Add the gradients of one batch, micro-batch after micro-batch of like lengths; returns its loss.
+
+    What all examples of the batch begin with (a task's definition) is computed once, forward and backward; with
+    dropout they share its draw there.
+    """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
-    total = torch.zeros((), device=model.device)
+    inputs, device = training.train_on_inputs, model.device
+    total = torch.zeros((), device=device)
+    share = shared_prefix(chosen, inputs) if model.shares_prefix and len(chosen) > 1 else 0
+    prefix = prefix_loss = None
+    if share:
+        ids = torch.tensor(chosen[0].input_ids[: share + 1], device=device)
+        keep = torch.arange(share if inputs else 0, device=device)
+        prefix, logits = model.read_prefix(ids[:-1], keep)
+        if inputs:
+            prefix_loss = F.cross_entropy(logits.float(), ids[1:], reduction="sum") * (len(chosen) / count)
+            total += prefix_loss.detach()
     for a in range(0, len(chosen), training.micro_batch_size):
-        part = collate(chosen[a : a + training.micro_batch_size], training.train_on_inputs, model.device)
+        part = collate(chosen[a : a + training.micro_batch_size], inputs, device, skip=share)
         if len(part.labels):
-            loss = loss_sum(model, part) / count
+            loss = loss_sum(model, part, prefix) / count
             loss.backward()
             total += loss.detach()
+    if prefix:
+        prefix.backward(prefix_loss)
     return total.item()
 
 
 def _optimizer(parameters: list[Tensor], training: LocalTraining) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.learning_rate)
-    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0)
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, fused=parameters[0].is_cuda)
 
 
 def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:
