@@ -1,17 +1,15 @@
-"""Sweeps: the runs of a file, done ones skipped, interrupted ones gone on with; mean ± deviation over seeds."""
+"""Sweeps: the runs of a file, done ones skipped, interrupted ones gone on with."""
 
 from __future__ import annotations
 
-import statistics
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from flexlora import sweep as sweeps
-from flexlora.rundir import Run, open_run
-from flexlora.sweep import Row, compare, comparison_table, play_sweep, read_sweep, shown
+from flexlora.sweep import play_sweep, read_sweep
+from flexlora.tables import grouped
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
 
@@ -73,7 +71,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
-def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any]) -> None:
     path = write(tmp_path, **tiny, vary={"method": ["flexlora", "rbla"], "seed": [1, 2]})
     sweep = read_sweep(path)
     started: list[str] = []
@@ -100,45 +98,11 @@ def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any], monkey
     assert sample["flexlora-1"] == sample["rbla-1"]
     assert sample["flexlora-2"] == sample["rbla-2"]
 
-    rows = compare(runs)
-    assert [row.label for row in rows] == ["flexlora", "rbla"]
-    assert rows[0].seeds == (1, 2)
-    lowest = [min(line["validation"]["loss"] for line in open_run(sweep.folder / f"rbla-{s}").metrics) for s in (1, 2)]
-    assert rows[1].figures["loss"] == pytest.approx((statistics.mean(lowest), statistics.stdev(lowest)))
-    assert rows[1].figures["rougeL"][0] == pytest.approx(
-        statistics.mean(open_run(sweep.folder / f"rbla-{s}").metrics[-1]["eval"]["rougeL"] for s in (1, 2))
-    )
-    table = comparison_table(rows).splitlines()
-    assert table[0].split()[:2] == ["seeds", "loss"]
-    assert table[1].startswith("flexlora ")
-    assert "±" in table[2]
+    # the comparison of a report is over the seeds
+    groups = grouped(runs)
+    assert [len(group) for group in groups.values()] == [2, 2]
 
     with pytest.raises(FlexLoraError, match="flexlora-1: was run with rounds 2, the sweep says 5"):
         play_sweep(read_sweep(path, {"rounds": 5}))
     with pytest.raises(FlexLoraError, match="was run with epochs 1, the sweep says 2"):
         play_sweep(read_sweep(path, {"epochs": 2}))
-
-
-def test_kinds_are_told_apart_by_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flexlora.config import Config
-
-    def fake(**keys: Any) -> Run:
-        found = Run(Path("nowhere"))
-        found.__dict__["config"] = Config(data=Path("d"), **keys)
-        return found
-
-    monkeypatch.setattr(sweeps, "figures", lambda found: {"loss": float(found.config.seed)})
-    rows = compare(
-        [fake(method=m, lora_r=r, seed=s, name=f"{m}{r}{s}") for m in ("rbla", "ffa") for r in (4, 8) for s in (1, 3)]
-    )
-    assert [row.label for row in rows] == ["rbla, lora_r 4", "rbla, lora_r 8", "ffa, lora_r 4", "ffa, lora_r 8"]
-    assert rows[0] == Row("rbla, lora_r 4", (1, 3), {"loss": (2.0, 2**0.5)})
-    assert [row.figures for row in compare([fake(seed=5)])] == [{"loss": (5.0, None)}]
-
-
-@pytest.mark.parametrize(
-    ("figure", "text"),
-    [((2.8549, 0.0113), "2.855 ± 0.011"), ((0.41237, None), "0.4124"), ((123.4, 5.0), "123.4 ± 5.0"), (None, "")],
-)
-def test_figures_have_four_digits(figure: Any, text: str) -> None:
-    assert shown(figure) == text

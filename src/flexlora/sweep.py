@@ -1,4 +1,4 @@
-"""Comparisons: many runs from one file, and mean ± standard deviation over their seeds.
+"""Sweeps: many runs from one file. `flexlora.tables.report_table` compares what came out.
 
 A sweep file holds configuration keys as any other, a `name`, and `vary`: axes with the values to cross. An item of an
 axis is a value of the key that the axis is named after, or a map of keys with a `label`. With one seed, all methods get
@@ -8,11 +8,9 @@ the same ranks and the same clients in each round: both are derived from the see
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from flexlora.config import Config, alias_table, make_config, read_config
@@ -22,9 +20,6 @@ from flexlora.ranks import read_plan
 from flexlora.rundir import Run, open_run
 from flexlora.standing import FREE_TO_DIFFER
 from flexlora.types import FlexLoraError
-
-NOT_COMPARED = ("name", "output_dir", "seed", "resume_from", "workers", "runner", "cache_dir")
-"""Keys in which two runs may differ and still be of one kind."""
 
 
 @dataclass(frozen=True)
@@ -121,85 +116,3 @@ def refuse_other_keys(found: Run, config: Config) -> None:
             f"{found.folder}: was run with {key} {was.get(key)!r}, the sweep says {now[key]!r}; "
             "give the sweep another name, or remove that folder"
         )
-
-
-@dataclass(frozen=True)
-class Row:
-    """Runs that differ in nothing but their seed."""
-
-    label: str
-    seeds: tuple[int, ...]
-    figures: Mapping[str, tuple[float, float | None]]
-    """Name -> mean and standard deviation (n − 1; None of a single run). A figure that some run lacks is left out."""
-
-
-def figures(found: Run) -> dict[str, float]:
-    """What one run comes to. loss: the lowest of the validation; rougeL: of the last generation; MB a round."""
-    lines = found.metrics
-    out: dict[str, float] = {}
-    losses = [line["validation"]["loss"] for line in lines if line["validation"]]
-    if losses:
-        out["loss"] = min(losses)
-    if found.base.get("validation", {}).get("loss") is not None:
-        out["base loss"] = found.base["validation"]["loss"]
-    scores = [line["eval"]["rougeL"] for line in lines if line["eval"]]
-    if scores:
-        out["rougeL"] = scores[-1]
-    if lines:
-        for way in ("up", "down"):
-            travelled = sum(client[f"bytes_{way}"] for line in lines for client in line["clients"])
-            out[f"MB {way}"] = travelled / len(lines) / 1e6
-        out["s/round"] = sum(sum(line["seconds"].values()) for line in lines) / len(lines)
-    return out
-
-
-def compare(runs: Sequence[Run]) -> list[Row]:
-    """One row for each kind of run, in the order in which they first come, labelled by the keys in which kinds differ."""
-    kinds: dict[str, list[Run]] = {}
-    keys: dict[str, dict[str, Any]] = {}
-    for found in runs:
-        config = {k: v for k, v in found.config.dump().items() if k not in NOT_COMPARED}
-        config["method"] = found.config.method_name
-        kinds.setdefault(repr(config), []).append(found)
-        keys[repr(config)] = config
-    differing = [k for k in next(iter(keys.values()), {}) if len({repr(c[k]) for c in keys.values()}) > 1] or ["method"]
-    rows = []
-    for kind, same in kinds.items():
-        each = [figures(found) for found in same]
-        shared = [name for name in each[0] if all(name in one for one in each)]
-        rows.append(
-            Row(
-                ", ".join(
-                    f"{keys[kind][k]}" if k in ("method", "ranks") else f"{k} {keys[kind][k]}" for k in differing
-                ),
-                tuple(found.config.seed for found in same),
-                {name: spread([one[name] for one in each]) for name in shared},
-            )
-        )
-    return rows
-
-
-def spread(values: Sequence[float]) -> tuple[float, float | None]:
-    return mean(values), stdev(values) if len(values) > 1 else None
-
-
-def shown(figure: tuple[float, float | None] | None) -> str:
-    """Four digits, e.g. ``2.855 ± 0.011``."""
-    if figure is None:
-        return ""
-    centre, deviation = figure
-    digits = max(0, 3 - math.floor(math.log10(abs(centre)))) if centre else 3
-    return f"{centre:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
-
-
-def comparison_table(rows: Sequence[Row]) -> str:
-    """The rows as plain text, mean ± standard deviation over seeds."""
-    names = list(dict.fromkeys(name for row in rows for name in row.figures))
-    cells = [["", "seeds", *names]]
-    cells += [[row.label, str(len(row.seeds)), *(shown(row.figures.get(name)) for name in names)] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    lines = [
-        "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]).rstrip()
-        for line in cells
-    ]
-    return "\n".join(lines) + "\n"
