@@ -275,3 +275,23 @@ def test_the_cache_gives_the_same_tokens_and_stays_within_its_capacity(bytes_tok
         cache.encode_all([Record("Say it.", "new", "new")], CHAT, bytes_tokenizer, 64)
     with pytest.raises(AssertionError, match="again"):  # another tokenizer, though it is alike
         cache.encode_all(recent[-2:], CHAT, tiny_tokenizer(), 64)
+
+
+def test_the_cache_drops_the_examples_that_were_used_longest_ago(bytes_tokenizer):
+    a, b, c, d = (Record("Say it.", name, name) for name in "abcd")
+    size = len(encode(a, CHAT, bytes_tokenizer, 500).input_ids)
+    cache = TokenCache(capacity=3 * size)
+    for record in (a, b, c, a, d):  # d pushes b out, since a was used again
+        cache.encode_all([record], CHAT, bytes_tokenizer, 500)
+    assert len(cache) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        tokenised: list[Record] = []
+
+        def noted(records, *rest):
+            tokenised.extend(records)
+            return encode_all(records, *rest)
+
+        patch.setattr("flexlora.prompts.encode_all", noted)
+        for record in (a, c, d, b):
+            cache.encode_all([record], CHAT, bytes_tokenizer, 500)
+    assert tokenised == [b]
