@@ -99,7 +99,7 @@ def test_rules_and_counts_that_cannot_be():
         deal(["a"] * 3, 4, "iid", 0)
     with pytest.raises(FlexLoraError, match="--clients 0"):
         deal(["a"] * 3, 0, "iid", 0)
-    with pytest.raises(FlexLoraError, match="have no category: name its column with --category_column"):
+    with pytest.raises(FlexLoraError, match="have no category: name its column with --category"):
         deal([""] * 9, 2, "category", 0)
     with pytest.raises(FlexLoraError, match="6 shards of only 5 examples: lower K"):
         deal(["a"] * 5, 2, "shards:3", 0)
@@ -190,8 +190,8 @@ def test_alpaca_conversations_and_columns_by_flag(tmp_path: Path):
         ("json", "[1]", {}, "no column named instruction"),
         ("jsonl", '{"a": 1}\n{"a": ', {}, "broken JSON in line 2"),
         ("jsonl", "", {}, "holds no rows"),
-        ("jsonl", '{"q": 1}', {}, "no column named instruction among q: name it with --instruction_column"),
-        ("jsonl", '{"q": 1}', {"output": "x"}, "--output_column x: .* has the columns q"),
+        ("jsonl", '{"q": 1}', {}, "no column named instruction among q: name it with --instruction"),
+        ("jsonl", '{"q": 1}', {"output": "x"}, "--output x: .* has the columns q"),
         ("jsonl", '{"instruction": "q", "output": "a"}\n{"instruction": "q"}', {}, "row 2 has an empty output"),
         ("jsonl", '{"instruction": 3, "output": "a"}', {}, "row 1: instruction is a number"),
         ("csv", "instruction,output\nq\n", {}, "row 1 does not have as many cells"),

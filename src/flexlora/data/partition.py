@@ -105,7 +105,7 @@ def deal(categories: Sequence[str], clients: int, by: str, seed: int) -> list[li
         order = permutation(n, seed, "iid")
         return [order[client::clients] for client in range(clients)]
     if not any(categories):
-        raise FlexLoraError(f"--by {by}: the examples have no category: name its column with --category_column")
+        raise FlexLoraError(f"--by {by}: the examples have no category: name its column with --category")
     groups: dict[str, list[int]] = {}
     for place in permutation(n, seed, name):
         groups.setdefault(categories[place], []).append(place)

@@ -54,7 +54,7 @@ def read_table(
                 continue
         records.append(parse_record(where, item))
     if not records:
-        raise FlexLoraError(f"{source}: no row has an answer: check --output_column")
+        raise FlexLoraError(f"{source}: no row has an answer: check --output")
     return records, dropped
 
 
@@ -68,7 +68,7 @@ def _columns(source: str, row: Any, chosen: Mapping[str, str]) -> dict[str, str]
     there = [str(name) for name in row] if isinstance(row, dict) else []
     for field, column in chosen.items():
         if column not in there:
-            raise FlexLoraError(f"--{field}_column {column}: {source} has the columns {', '.join(there)}")
+            raise FlexLoraError(f"--{field} {column}: {source} has the columns {', '.join(there)}")
     names = {field: next((n for n in known if n in there), "") for field, known in KNOWN_COLUMNS.items()}
     names.update(chosen)
     if names["messages"] and not any(field in chosen for field in ("instruction", "output")):
@@ -77,7 +77,7 @@ def _columns(source: str, row: Any, chosen: Mapping[str, str]) -> dict[str, str]
         if not names[field]:
             raise FlexLoraError(
                 f"{source}: no column named {' or '.join(KNOWN_COLUMNS[field])} among {', '.join(there)}: "
-                f"name it with --{field}_column"
+                f"name it with --{field}"
             )
     return {field: column for field, column in names.items() if column and field != "messages"}
 
