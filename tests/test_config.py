@@ -135,3 +135,18 @@ def test_core_imports_are_light() -> None:
         "assert not late, late\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("baseline", ["fedit", "slora"])
+def test_keys_reach_the_method_and_slora_hands_them_on(baseline: str) -> None:
+    from flexlora.launch import method_of
+    from flexlora.types import ClientUpdate
+
+    keys = {"method": "hetlora", "prune_lambda": 0.25, "prune_gamma": 0.5, "sparse_rounds": 1}
+    method, ranks = method_of(make_config({**keys, "baseline": baseline})), {"m": 2}
+    state = method.init({"m": (6, 5)}, 1, (ranks,))
+    if baseline == "slora":
+        state = method.aggregate(state, [ClientUpdate(0, 1.0, method.distribute(state, ranks).adapter)])
+    rule = method.distribute(state, ranks).rule
+    assert rule.prune is not None
+    assert rule.prune[:2] == (0.25, 0.5)

@@ -118,9 +118,10 @@ def method_of(config: Config) -> Method:
     if config.baseline == "slora" and name != "slora":
         options |= {"then": name}
         name = "slora"
-    # A key of the configuration that the method takes is passed on under its own name.
+    # A key of the configuration that the method, or slora's successor, takes is passed on under its own name.
+    known = {*method_entry(name).options, *method_entry(options.get("then", name)).options}
     for key in ("sparse_rounds", "handle_alpha", "prune_lambda", "prune_gamma"):
-        if key in method_entry(name).options:
+        if key in known:
             options.setdefault(key, getattr(config, key))
     return get_method(name, **options)
 
