@@ -86,16 +86,18 @@ def complete(
 ) -> dict[str, LowRank | Sparse]:
     """The adapter of a message, with the parts that did not travel filled in from what was sent; float32.
 
-    Of the message only the named parts are taken. Raises FlexLoraError for a module that was not sent, a part that is
+    In the order of what was sent; of the message only the named parts are taken. Raises FlexLoraError for a module that was not sent, a part that is
     missing, and factors that are no matrices.
     """
     wanted = set(parts)
-    adapter: dict[str, LowRank | Sparse] = {}
-    for module, got in received.items():
-        origin = sent.get(module)
-        if origin is None:
+    for module in received:
+        if module not in sent:
             raise FlexLoraError(f"message has a module that was not sent: {module!r}")
-        taken = {part: t.float() for part, t in got.items() if part in wanted}
+    adapter: dict[str, LowRank | Sparse] = {}
+    for module, origin in sent.items():
+        if module not in received:
+            continue
+        taken = {part: t.float() for part, t in received[module].items() if part in wanted}
         if isinstance(origin, Sparse):
             if "values" not in taken:
                 raise FlexLoraError(f"message has no values of {module}")

@@ -1,0 +1,140 @@
+"""The server of a federation: what Flower's ServerApp runs. The round loop is the engine's, the checkpoints are the same."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flexlora import ranks
+from flexlora.card import model_card
+from flexlora.client import load
+from flexlora.collection import Notify
+from flexlora.config import Config, make_config
+from flexlora.engine import run_rounds
+from flexlora.launch import mechanism_of, method_of, template_name
+from flexlora.modeling import load_adapter, save_adapter
+from flexlora.prompts import load_template
+from flexlora.ranks import RankPlan
+from flexlora.rundir import Run, create_run, environment, exclusive, open_run
+from flexlora.runners.flower import FlowerRunner, NewSitesError
+from flexlora.standing import Setup, last_standing
+from flexlora.types import Adapter, ClientInfo, FlexLoraError, LowRank, Ranks, Shapes
+
+BYTES_A_PARAMETER = 16
+"""Of training one LoRA parameter in float32: itself, its gradient and AdamW's two moments."""
+
+
+def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None) -> Run:
+    """Play or resume the run `{output_dir}/{name}` of a Flower run config, whose keys are those of `flexlora run`."""
+    notify = notify or printed
+    config = make_config({**run_config, "runner": "flower"}, "run config")
+    if config.name is None:
+        raise FlexLoraError(
+            "name: a federation's run needs one, by which it is found again: add name=… to the run config"
+        )
+    if config.prompt_template.endswith(".json"):
+        raise FlexLoraError("prompt_template: the sites do not have that file; choose a built-in template")
+    method = method_of(config)
+    notify("note", {"text": f"loading {config.model}"})
+    model = load(config)
+    shapes, base, hidden_size = model.shapes, model.fingerprint, model.hidden_size
+    template = template_name(config, model)
+    load_template(template)
+    start = load_adapter(config.init_adapter, shapes) if config.init_adapter else None
+    del model
+    plan = ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=hidden_size)
+    ranks.refuse_stray(plan, shapes)
+    folder = config.output_dir / config.name
+    with exclusive(folder):
+        if not (folder / "config.yaml").exists():
+            create_run(config, folder, environment(run=secrets.token_hex(8)))
+        run = open_run(folder)
+        token = json.loads((folder / "env.json").read_text(encoding="utf-8"))["run"]
+        runner = FlowerRunner(grid, config, config.local_training(1, template), token, notify)
+        infos = runner.infos()
+        table = {number: ranks_of(config, plan, shapes, number, info) for number, info in infos.items()}
+        scorer = Scoreless(config, template, table)
+        mechanism = mechanism_of(config, len(table))
+        setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism)
+        notify("start", {"folder": folder, "clients": len(table), "rounds": config.rounds})
+        while True:
+            standing = last_standing(setup, run, notify)
+            # A site that says less than before gets less; one that is new gets what it says.
+            table = dict(standing.table)
+            for number, info in infos.items():
+                stated = ranks_of(config, plan, shapes, number, info)
+                old = table.get(number, stated)
+                table[number] = {module: min(rank, old.get(module, rank)) for module, rank in stated.items()}
+            if method.equal_ranks and len(ranks.distinct(table.values())) > 1:
+                raise FlexLoraError(f"method {config.method_name} needs equal ranks, and the sites say different ones")
+            scorer.table = table
+            runner.admit(infos)
+            try:
+                return run_rounds(replace(setup, table=table), runner, run, replace(standing, table=table), notify)
+            except NewSitesError:
+                infos = {**infos, **runner.infos()}
+
+
+def ranks_of(config: Config, plan: RankPlan, shapes: Shapes, client: int, info: ClientInfo) -> Ranks:
+    """The ranks of a site: the one that it says, what its memory holds, or those of the run's distribution."""
+    if info.rank is not None:
+        kind: Mapping[str, int] = {ranks.REST: info.rank}
+    elif info.memory is not None:
+        per_rank = BYTES_A_PARAMETER * sum(rows + columns for rows, columns in shapes.values())
+        kind = {ranks.REST: max(1, info.memory // per_rank)}
+    else:
+        kind = plan.types[plan.type_of(client, config.seed)]
+    return ranks.resolve(kind, shapes, config.max_rank)[0]
+
+
+@dataclass
+class Scoreless:
+    """The server has no data: validation is the sites' own. It can still write the adapter."""
+
+    config: Config
+    template: str
+    table: Mapping[int, Ranks]
+
+    def validate(self, adapter: Adapter) -> Mapping[str, Any]:
+        return {}
+
+    def evaluate(self, adapter: Adapter, by_rank: Mapping[str, Adapter]) -> Mapping[str, Any]:
+        return {}
+
+    def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
+        kinds = ranks.distinct(self.table.values())
+        counts = {ranks.label(kind): sum(1 for mine in self.table.values() if mine == kind) for kind in kinds}
+        about = {"ranks": counts, "clients": len(self.table), "template": self.template}
+        config = self.config
+        save_adapter(
+            folder,
+            adapter,
+            base_model=config.model,
+            kind=config.lora_scaling,
+            alpha=config.lora_alpha,
+            readme=model_card(config, about, facts),
+        )
+
+
+def printed(event: str, facts: Mapping[str, Any]) -> None:
+    """The run as lines, which Flower puts into its log."""
+    line = ""
+    if event == "note":
+        line = facts["text"]
+    elif event == "start":
+        line = f"run folder {facts['folder']}, {facts['clients']} sites, {facts['rounds']} rounds"
+    elif event == "client":
+        record = facts["record"]
+        said = record.get("failed") or f"loss {record['loss']:.4f}, {record['bytes_up']} bytes up"
+        line = f"round {facts['round']}: site {facts['client']} at rank {record['ranks']}: {said}"
+    elif event == "saved":
+        loss = facts["line"]["validation"].get("loss")
+        line = f"round {facts['round']} saved" + ("" if loss is None else f", validation loss {loss:.4f}")
+    elif event == "stop":
+        line = f"done after round {facts['round']}: {facts['reason']}"
+    if line:
+        print(f"flexlora: {line}", flush=True)

@@ -1,0 +1,363 @@
+"""A federation of Flower (flwr 1.41): the server's runner over a grid, and what a site does with a message.
+
+Needs the extra: `pip install flexlora[flower]`. A message holds one `Parcel`: JSON facts in a ConfigRecord, safetensors
+bytes in an ArrayRecord. From a site leave its capabilities (number of examples, rank or memory, its number), adapters,
+figures of its training and its validation loss; its examples do not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+
+from flexlora import client, wire
+from flexlora.client import Site
+from flexlora.collection import Notify
+from flexlora.config import Config, make_config
+from flexlora.data.federation import Federation, open_federation
+from flexlora.data.records import Record
+from flexlora.modeling import Model
+from flexlora.prompts import TokenCache
+from flexlora.types import (
+    ClientFailure,
+    ClientInfo,
+    ClientScore,
+    ClientUpdate,
+    EvalTask,
+    FlexLoraError,
+    LocalTraining,
+    TrainTask,
+)
+from flexlora.wire import Parcel
+
+CAPABILITIES = "query.capabilities"
+POLL = 0.5
+"""Seconds between two looks for answers."""
+QUERY_TIMEOUT = 120.0
+"""Seconds that a site has to say what it can do; it is asked again in the next round."""
+DAY_HALF = 43200.0
+"""Flower's own limit for a message."""
+
+
+# --- messages ----------------------------------------------------------------------------------------------------------
+
+
+def records(parcel: Parcel, run: str = "") -> RecordDict:
+    """A parcel as Flower carries it; `run` names the run to the site, which keeps parts for it."""
+    blobs = {"adapter": parcel.adapter, "base_delta": parcel.base_delta}
+    arrays = {name: Array("uint8", (len(blob),), "safetensors", blob) for name, blob in blobs.items() if blob}
+    return RecordDict(
+        {"facts": ConfigRecord({"json": parcel.facts, "run": run}), "adapters": ArrayRecord(array_dict=arrays)}
+    )
+
+
+def parcel_of(content: RecordDict) -> tuple[Parcel, str]:
+    """(parcel, run). Raises FlexLoraError where the records are not those of `records`."""
+    facts, arrays = content.get("facts"), content.get("adapters")
+    if not isinstance(facts, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise FlexLoraError("message has no facts or no adapters")
+    text, run = facts.get("json"), facts.get("run")
+    if not isinstance(text, str) or not isinstance(run, str):
+        raise FlexLoraError("message has facts that are no text")
+    blobs = {name: array.data for name, array in arrays.items()}
+    return Parcel(text, blobs.get("adapter", b""), blobs.get("base_delta", b"")), run
+
+
+# --- the server's side -------------------------------------------------------------------------------------------------
+
+
+class NewSitesError(Exception):
+    """Sites came that have no ranks yet: the round is to be begun again with them."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a client sits."""
+
+    node: int
+    info: ClientInfo
+
+
+class FlowerRunner:
+    """Sends tasks to the sites over a grid. Each site is one client; its number is the `partition-id` of its node config."""
+
+    def __init__(self, grid: Grid, config: Config, settings: LocalTraining, run: str, notify: Notify) -> None:
+        self._grid, self._config, self._settings, self._run, self._notify = grid, config, settings, run, notify
+        self._dtype = getattr(torch, config.wire_dtype)
+        self._nodes: dict[int, tuple[int, ClientInfo] | None] = {}
+        """Node -> (client, what it said), None where it said nothing that can be used."""
+        self._admitted: dict[int, ClientInfo] = {}
+
+    def seats(self) -> dict[int, Seat]:
+        """Client -> where it sits, of the sites that are connected now; new ones are asked what they can do."""
+        present = sorted(self._grid.get_node_ids())
+        self._ask([node for node in present if node not in self._nodes])
+        # A site that comes back may have changed its mind.
+        self._nodes = {node: said for node, said in self._nodes.items() if node in present}
+        seats: dict[int, Seat] = {}
+        for node in present:
+            said = self._nodes.get(node)
+            if said is not None:
+                number, info = said
+                if number in seats:
+                    self._nodes[node] = None
+                    self._note(
+                        f"site {number} is connected twice; node {node} is left out: give it another partition-id"
+                    )
+                else:
+                    seats[number] = Seat(node, info)
+        return seats
+
+    def wait(self) -> dict[int, Seat]:
+        """The seats, once there are at least `min_clients` of them. Raises FlexLoraError where they do not come."""
+        end = time.monotonic() + (self._config.round_timeout or DAY_HALF)
+        told = False
+        while len(seats := self.seats()) < self._config.min_clients:
+            if not told:
+                told = True
+                self._note(f"waiting for sites: {len(seats)} of {self._config.min_clients} are connected")
+            if time.monotonic() > end:
+                raise FlexLoraError(
+                    f"min_clients: {len(seats)} sites are connected and {self._config.min_clients} are needed; "
+                    "start more SuperNodes, or lower min_clients"
+                )
+            time.sleep(POLL)
+        return seats
+
+    def infos(self) -> dict[int, ClientInfo]:
+        """What the sites say that are connected, once there are enough of them."""
+        return {number: seat.info for number, seat in self.wait().items()}
+
+    def admit(self, infos: Mapping[int, ClientInfo]) -> None:
+        """These clients have ranks now, chosen after what they said."""
+        self._admitted = dict(infos)
+
+    def clients(self) -> Mapping[int, ClientInfo]:
+        """The sites that are connected. Raises NewSitesError where one of them has no ranks yet, or says another rank."""
+        found = self.infos()
+        if any(self._admitted.get(number) != info for number, info in found.items()):
+            raise NewSitesError
+        return found
+
+    def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        for task, answer in self._stream("train", tasks):
+            yield answer if isinstance(answer, ClientFailure) else client.arrived(answer, task, self._dtype)
+
+    def evaluate(self, round: int, tasks: Sequence[EvalTask]) -> Iterator[ClientScore | ClientFailure]:
+        for task, answer in self._stream("evaluate", tasks):
+            yield answer if isinstance(answer, ClientFailure) else client.scored(answer, task)
+
+    def close(self) -> None: ...
+
+    def _stream(self, kind: str, tasks: Sequence[Any]) -> Iterator[tuple[Any, Parcel | ClientFailure]]:
+        """(task, answer) as they come."""
+        seats, pending = self.seats(), {}
+        timeout = self._config.round_timeout or DAY_HALF
+        for task in tasks:
+            if task.client not in seats:
+                yield task, ClientFailure(task.client, "its site is not connected")
+                continue
+            parcel = wire.pack_task(task, seed=self._config.seed, dtype=self._dtype, training=self._settings)
+            message = self._send(seats[task.client].node, kind, records(parcel, self._run), task.round, timeout)
+            if message is None:
+                yield task, ClientFailure(task.client, "its message could not be sent")
+            else:
+                pending[message] = task
+        for message, reply in self._replies(list(pending), timeout):
+            task = pending.pop(message)
+            if reply.has_error():
+                reason = " ".join(str(reply.error.reason or f"error {reply.error.code}").split())[:300]
+                yield task, ClientFailure(task.client, f"its site failed: {reason}")
+                continue
+            try:
+                yield task, parcel_of(reply.content)[0]
+            except FlexLoraError as error:
+                yield task, ClientFailure(task.client, f"rejected: {error}")
+        for task in pending.values():
+            yield task, ClientFailure(task.client, f"no answer in {timeout:g} s")
+
+    def _send(self, node: int, kind: str, content: RecordDict, round: int, ttl: float) -> str | None:
+        """The message's id; None where it was refused."""
+        # Flower itself gives up a little later than we do.
+        message = Message(content, node, kind, ttl=ttl + 60, group_id=str(round))
+        return next(iter(self._grid.push_messages([message])), None)
+
+    def _replies(self, messages: Sequence[str], timeout: float) -> Iterator[tuple[str, Message]]:
+        """(id of the message, reply) until all are there or time is up. An error's sender is the SuperLink: ids are matched."""
+        waiting, end = set(messages), time.monotonic() + timeout
+        while waiting and time.monotonic() < end:
+            for reply in self._grid.pull_messages(sorted(waiting)):
+                message = reply.metadata.reply_to_message_id
+                if message in waiting:
+                    waiting.remove(message)
+                    yield message, reply
+            if waiting:
+                time.sleep(POLL)
+
+    def _ask(self, nodes: Sequence[int]) -> None:
+        """Ask nodes what they can do; what they say is capped, and a line says so."""
+        sent = {
+            self._send(node, CAPABILITIES, records(Parcel("{}"), self._run), 0, QUERY_TIMEOUT): node for node in nodes
+        }
+        sent.pop(None, None)
+        for message, reply in self._replies([m for m in sent if m is not None], QUERY_TIMEOUT):
+            node = sent[message]
+            try:
+                if reply.has_error():
+                    raise FlexLoraError(" ".join(str(reply.error.reason).split())[:300])
+                self._nodes[node] = self._capped(*stated(parcel_of(reply.content)[0].facts))
+            except FlexLoraError as error:
+                self._nodes[node] = None
+                self._note(f"node {node} takes no part: {error}")
+
+    def _capped(self, number: int, info: ClientInfo) -> tuple[int, ClientInfo]:
+        for name, most in (("rank", self._config.max_rank), ("examples", self._config.max_examples)):
+            said = getattr(info, name)
+            if said is not None and most is not None and said > most:
+                self._note(f"site {number} says {name} {said}; max_{name.removesuffix('s')} caps it at {most}")
+                info = replace(info, **{name: most})
+        return number, info
+
+    def _note(self, text: str) -> None:
+        self._notify("note", {"text": text})
+
+
+def stated(facts: str) -> tuple[int, ClientInfo]:
+    """(client, what it says of itself). Raises FlexLoraError where a site says nothing that can be used."""
+    try:
+        given = json.loads(facts)
+        if not isinstance(given, dict):
+            raise ValueError("no object")
+        if "error" in given:
+            raise FlexLoraError(" ".join(str(given["error"]).split())[:300])
+        numbers = [given.get(name) for name in ("client", "examples", "rank", "memory")]
+        least = (0, 1, 1, 1)
+        for number, at_least in zip(numbers, least, strict=True):
+            if number is not None and not (isinstance(number, int) and at_least <= number < 2**53):
+                raise ValueError(f"{number!r} is no count")
+        if numbers[0] is None:
+            raise ValueError("it has no partition-id in its node config")
+    except (ValueError, RecursionError) as error:
+        raise FlexLoraError(f"its capabilities cannot be read: {error}") from None
+    return numbers[0], ClientInfo(*numbers[1:])
+
+
+# --- the site's side ---------------------------------------------------------------------------------------------------
+
+client_app = ClientApp()
+
+SITE_KEYS = ("data", "num_clients", "model", "device", "precision", "cache_dir", "trust_remote_code", "eval_batch_size")
+"""Configuration keys that a site sets for itself in its node config."""
+SERVER_KEYS = ("model", "lora_target_modules", "eval_batch_size")
+"""Configuration keys that a site takes from the run where it does not set them."""
+
+
+class OwnData:
+    """The data of one site, whatever number the federation gives it."""
+
+    def __init__(self, federation: Federation, own: int) -> None:
+        self.federation, self.own = federation, own
+
+    def train(self, client: int) -> list[Record]:
+        return self.federation.train(self.own)
+
+    def eval(self, client: int) -> list[Record]:
+        return self.federation.eval(self.own)
+
+
+def site_config(context: Context) -> Config:
+    """The site's configuration: its node config before the run's."""
+    node, run = context.node_config, context.run_config
+    values: dict[str, Any] = {name: run[name] for name in SERVER_KEYS if name in run}
+    values |= {name: node[name] for name in SITE_KEYS if name in node}
+    # Only in a simulation, where there is one machine, does the run say where the data are.
+    if "num-partitions" in node and "data" not in node and "data" in run:
+        values["data"] = run["data"]
+    return make_config(values, "node config")
+
+
+def own_data(config: Config, partition: int) -> OwnData:
+    """The site's own folder, or its part of a simulation's."""
+    if config.data is None:
+        raise FlexLoraError("data: no folder given; add data='/path' to --node-config")
+    federation = open_federation(config.data, config.num_clients)
+    return OwnData(federation, 0 if len(federation) == 1 else partition)
+
+
+def kept_folder(context: Context, run: str) -> Path:
+    """Where the parts stay that never leave this site: `keep` of the node config, or Flower's home."""
+    home = Path(os.environ.get("FLWR_HOME") or Path.home() / ".flwr") / "flexlora-kept"
+    if not re.fullmatch(r"[0-9a-f]{1,64}", run):
+        raise FlexLoraError("the run has no proper name; install the server's version of flexlora")
+    return Path(str(context.node_config.get("keep", home))) / run
+
+
+MODEL_KEYS = ("model", "lora_target_modules", "cache_dir", "device", "precision", "trust_remote_code")
+
+
+def model_of(config: Config) -> Model:
+    """The base model; loaded once a process, which a simulation uses for one message after the other."""
+    keys = config.dump()
+    return _model(json.dumps({name: keys[name] for name in MODEL_KEYS}))
+
+
+@lru_cache(maxsize=1)
+def _model(keys: str) -> Model:
+    return client.load(Config(**json.loads(keys)))
+
+
+def answer(message: Message, context: Context) -> Message:
+    """Perform the parcel in a message."""
+    try:
+        parcel, run = parcel_of(message.content)
+        config = site_config(context)
+        partition = int(context.node_config["partition-id"])
+        site = Site(
+            model_of(config),
+            own_data(config, partition),
+            TokenCache(),
+            kept_folder(context, run),
+            config.eval_batch_size,
+        )
+        reply = client.perform(site, parcel)
+    except (KeyError, *client.FAILURES) as error:
+        reply = wire.pack_failure(ClientFailure(-1, client.one_line(error)))
+    return Message(records(reply), reply_to=message)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    return answer(message, context)
+
+
+@client_app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    return answer(message, context)
+
+
+@client_app.query("capabilities")
+def capabilities(message: Message, context: Context) -> Message:
+    """What this site can do, from its node config and the number of its examples."""
+    node = context.node_config
+    try:
+        if "partition-id" not in node:
+            raise FlexLoraError("partition-id: missing; add partition-id=N to --node-config")
+        partition = int(node["partition-id"])
+        examples = len(own_data(site_config(context), partition).train(partition))
+        facts: dict[str, Any] = {"client": partition, "examples": examples}
+        facts |= {name: node[name] for name in ("rank", "memory") if name in node}
+    except client.FAILURES as error:
+        facts = {"error": client.one_line(error)}
+    return Message(records(Parcel(json.dumps(facts))), reply_to=message)

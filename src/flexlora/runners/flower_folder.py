@@ -1,0 +1,279 @@
+"""What `flexlora flower init DIR` writes: the app, certificates, keys, and the commands for the server and the sites."""
+
+from __future__ import annotations
+
+import datetime
+import ipaddress
+import json
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+from flexlora.config import Config, key_group
+from flexlora.types import FlexLoraError
+
+VALID = datetime.timedelta(days=825)
+"""Of the certificates: the longest that common clients accept."""
+
+APP = """\
+# A Flower app: the server's round loop and what a site does are flexlora's. Keys under [tool.flwr.app.config] are those
+# of `flexlora run`, "none" stands for null; override them with `flwr run app prod --run-config "rounds=20"`.
+[project]
+name = "flexlora-federation"
+version = "1.0.0"
+description = "Federated LoRA fine-tuning where every site has its own rank"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "flexlora"
+
+[tool.flwr.app.components]
+serverapp = "flexlora_app.server:app"
+clientapp = "flexlora_app.site:app"
+
+[tool.flwr.app.config]
+{keys}
+"""
+
+OWN_KEYS = (
+    "runner",
+    "workers",
+    "ray_address",
+    "worker_gpus",
+    "resume_from",
+    "device",
+    "cache_dir",
+    "trust_remote_code",
+)
+"""Configuration keys that say nothing in a federation, or that each machine sets for itself."""
+
+SERVER = '''\
+"""The server: flexlora's round loop over Flower's grid."""
+
+from flwr.serverapp import Grid, ServerApp
+
+from flexlora.federate import serve
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context) -> None:
+    serve(grid, context.run_config)
+'''
+
+SITE = '''\
+"""A site: trains on its own data."""
+
+from flexlora.runners.flower import client_app as app
+
+__all__ = ["app"]
+'''
+
+README = """\
+# A federation of {sites} sites at {host}:{port}
+
+Everything here was made by `flexlora flower init`. `server/` and `home/` stay with the server; each folder of `sites/`
+goes to its site over a safe way (it holds that site's private key) and is then deleted here. Everybody needs
+`pip install flexlora[flower]`, of the same version.
+
+**Whoever reaches port {port} with `server/ca.crt` can start a run, which means code, on every site.** Let only the sites and
+the people who start runs reach that port, and of these only the latter its path `/v1/control`.
+
+## 1. The server
+
+```
+export FLWR_HOME={folder}/home FLWR_TELEMETRY_ENABLED=0
+flower-superlink --host {bind} --port {port} \\
+    --ssl-ca-certfile {folder}/server/ca.crt --ssl-certfile {folder}/server/server.pem \\
+    --ssl-keyfile {folder}/server/server.key \\
+    --enable-supernode-auth --database {folder}/server/state.db --disable-runtime-dependency-installation
+```
+
+In a second terminal on the server, with the same FLWR_HOME, once:
+
+```
+{register}
+```
+
+## 2. Each site, in its folder
+
+`data` is a folder with `local_training_0.json` and, for validation, `local_eval_0.json`; it never leaves the site. Instead
+of `rank=8` a site may state `memory=2000000000` (bytes for the adapter's training state), or nothing.
+
+{nodes}
+## 3. A run
+
+```
+flwr run {folder}/app prod --stream
+```
+
+The run folder is `{runs}/federation`. Was the server or the SuperLink stopped? Start the SuperLink again, and the same
+`flwr run`: it goes on after the last finished round.
+"""
+
+NODE = """\
+```
+flower-supernode --superlink {host}:{port} --root-certificates ca.crt --auth-supernode-private-key key \\
+    --host 127.0.0.1 --port {own} \\
+    --node-config "partition-id={number} rank=8 data='/path/to/data'"
+```
+"""
+
+
+def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: int = 8000) -> None:
+    """Write the folder of a federation whose SuperLink is reached at host:port.
+
+    Raises FlexLoraError where something stands there already, or flwr is missing.
+    """
+    if find_spec("flwr") is None:
+        raise FlexLoraError("flower init: Flower is not installed; `pip install flexlora[flower]`")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FlexLoraError(f"{folder}: exists already; choose another folder")
+    folder = folder.resolve()
+    app = folder / "app" / "flexlora_app"
+    app.mkdir(parents=True)
+    runs = folder / "runs"
+    (folder / "app" / "pyproject.toml").write_text(APP.format(keys=run_keys(sites, runs)), encoding="utf-8")
+    (app / "__init__.py").write_text('"""The app of a federation."""\n', encoding="utf-8")
+    (app / "server.py").write_text(SERVER, encoding="utf-8")
+    (app / "site.py").write_text(SITE, encoding="utf-8")
+    certificates(folder / "server", host)
+    authority = (folder / "server" / "ca.crt").read_bytes()
+    for number in range(sites):
+        site = folder / "sites" / f"site-{number}"
+        site.mkdir(parents=True)
+        site_key(site / "key")
+        (site / "ca.crt").write_bytes(authority)
+    home = folder / "home"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "prod"\n\n[superlink.prod]\naddress = "{host}:{port}"\n'
+        f'root-certificates = "{folder / "server" / "ca.crt"}"\n',
+        encoding="utf-8",
+    )
+    register = "\n".join(
+        f"flwr supernode register {folder}/sites/site-{number}/key.pub prod --name site-{number}"
+        for number in range(sites)
+    )
+    nodes = "\n".join(NODE.format(host=host, port=port, own=9094 + number, number=number) for number in range(sites))
+    text = README.format(
+        sites=sites,
+        host=host,
+        port=port,
+        bind="127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0",
+        folder=folder,
+        runs=runs,
+        register=register,
+        nodes=nodes,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def run_keys(sites: int, runs: Path) -> str:
+    """Every key of a run as a line of TOML, by group, with what suits a federation; Flower overrides only what is there."""
+    chosen = {
+        "name": "federation",
+        "output_dir": str(runs),
+        "method": "flexlora",
+        "ranks": "homo",
+        "participation": 1.0,
+        "rounds": 10,
+        "min_clients": sites,
+        "max_rank": 64,
+        "max_examples": 10000,
+        "round_timeout": 3600.0,
+    }
+    defaults = Config().dump()
+    lines, group = [], ""
+    for name in defaults:
+        if name in OWN_KEYS:
+            continue
+        if key_group(name) != group:
+            group = key_group(name)
+            lines.append(f"# {group}")
+        value = chosen.get(name, defaults[name])
+        if value is None:
+            value = "none"
+        elif isinstance(value, list):
+            value = ",".join(map(str, value))
+        elif isinstance(value, dict):
+            value = ",".join(f"{k}={v}" for k, v in value.items())
+        lines.append(f"{name} = {json.dumps(value)}")
+    return "\n".join(lines)
+
+
+def certificates(folder: Path, host: str) -> None:
+    """An authority (ca.crt, ca.key) and the server's certificate (server.pem, server.key) for host, localhost and 127.0.0.1."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+    from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+    def named(name: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+
+    folder.mkdir(parents=True)
+    now = datetime.datetime.now(datetime.UTC)
+    ca_key, key = ec.generate_private_key(ec.SECP384R1()), ec.generate_private_key(ec.SECP384R1())
+    issuer = named("flexlora federation")
+    common = x509.CertificateBuilder().issuer_name(issuer).not_valid_before(now - datetime.timedelta(hours=1))
+    common = common.not_valid_after(now + VALID)
+    usage = x509.KeyUsage(
+        digital_signature=True,
+        key_cert_sign=True,
+        crl_sign=True,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+    ca = (
+        common.subject_name(issuer)
+        .public_key(ca_key.public_key())
+        .serial_number(x509.random_serial_number())
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    try:
+        own: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host))
+    except ValueError:
+        own = x509.DNSName(host)
+    local = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    certificate = (
+        common.subject_name(named(host))
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(x509.SubjectAlternativeName([*([] if own in local else [own]), *local]), critical=False)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    (folder / "ca.crt").write_bytes(ca.public_bytes(Encoding.PEM))
+    (folder / "server.pem").write_bytes(certificate.public_bytes(Encoding.PEM))
+    for name, secret in (("ca.key", ca_key), ("server.key", key)):
+        _write_secret(folder / name, secret.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+
+
+def site_key(path: Path) -> None:
+    """An ECDSA key pair in OpenSSH's format, as SuperNodes want it: `path` and `path`.pub."""
+    from cryptography.hazmat.primitives.asymmetric import ec
+    from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_secret(path, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
+    path.with_name(path.name + ".pub").write_bytes(public + b"\n")
+
+
+def _write_secret(path: Path, content: bytes) -> None:
+    """Readable by its owner alone."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(content)
