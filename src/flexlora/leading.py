@@ -62,7 +62,7 @@ def leading(W: Tensor, G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | Non
     return U64 @ Y, S, Y.T @ T / S[:, None]
 
 
-def gram(W: Tensor, block: int = 512) -> Tensor:
+def gram(W: Tensor, block: int = 256) -> Tensor:
     """W Wᵀ, the lower blocks by matrix products, the upper ones by symmetry."""
     n = W.shape[0]
     G = W.new_empty((n, n))

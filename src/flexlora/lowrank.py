@@ -188,23 +188,27 @@ def svd(x: Matrix, rank: int | None = None) -> Spectrum:
 
     The error ‖B A − U S Vᵀ‖_F is within 1e-5 relative of the optimum, or within rounding of the dtype times ‖B A‖_F.
     """
-    if isinstance(x, Decomposed):
-        return extend(x.spectrum, x.matrix, rank)
+    return extend(x.spectrum, x.matrix, rank) if isinstance(x, Decomposed) else decompose(x, rank)[0]
+
+
+def decompose(x: Matrix, rank: int | None = None) -> tuple[Spectrum, float]:
+    """``svd(x, rank)`` and ‖B A‖_F, which comes out of the same work."""
     d_out, d_in = _shape(x)
     k = _exist(x) if rank is None else min(rank, _exist(x))
     dtype, device = (x.dtype, x.device) if isinstance(x, Tensor) else (x.B.dtype, x.B.device)
     if k == 0:
         new = {"dtype": _working(dtype), "device": device}
-        return Spectrum(torch.zeros((d_out, 0), **new), torch.zeros(0, **new), torch.zeros((0, d_in), **new))
+        nothing = Spectrum(torch.zeros((d_out, 0), **new), torch.zeros(0, **new), torch.zeros((0, d_in), **new))
+        return nothing, float(norm(x))
     gram = dtype != torch.float64
     if isinstance(x, LowRank) and x.A.shape[0] <= dense_rank(d_out, d_in):
-        found = (_factored_gram(x, k) if gram else None) or _factored_qr(x, k)
+        found, whole = (_factored_gram(x, k) if gram else None) or _factored_qr(x, k)
     else:
         W = delta(x)
-        found = (_dense_gram(W, k) if gram else None) or _dense_svd(W, k)
+        found, whole = (_dense_gram(W, k) if gram else None) or _dense_svd(W, k), float(norm(W))
         if gram:
             found = found._replace(S=found.S.where(found.S[0] * NOISE < found.S, 0.0))
-    return _signed(found, _working(dtype))
+    return _signed(found, _working(dtype)), whole
 
 
 def extend(spectrum: Spectrum, x: Matrix, rank: int | None = None) -> Spectrum:
@@ -215,29 +219,40 @@ def extend(spectrum: Spectrum, x: Matrix, rank: int | None = None) -> Spectrum:
     return Spectrum(U[:, :rank], S[:rank], Vt[:rank])
 
 
-def _factored_qr(x: LowRank, k: int) -> Spectrum:
+def _factored_qr(x: LowRank, k: int) -> tuple[Spectrum, float]:
     Qb, Rb = torch.linalg.qr(x.B.double())
     Qa, Ra = torch.linalg.qr(x.A.double().T)
     U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    return Spectrum(Qb @ U[:, :k], S[:k], Vt[:k] @ Qa.T)
+    return Spectrum(Qb @ U[:, :k], S[:k], Vt[:k] @ Qa.T), float(S.norm())
 
 
-def _factored_gram(x: LowRank, k: int) -> Spectrum | None:
+def _factored_gram(x: LowRank, k: int) -> tuple[Spectrum, float] | None:
     """With A = L Q, Q orthonormal rows: (B A)ᵀ(B A) = Qᵀ (Lᵀ BᵀB L) Q. None where float64 does not carry that."""
     B, A = x.B.double(), x.A.double()
-    L, failed = torch.linalg.cholesky_ex(A @ A.T)
+    GA = leading.gram(A)
+    L, failed = torch.linalg.cholesky_ex(GA)
     if failed.item():
         return None
-    BL = B @ L  # has the singular values and left directions of B A
-    found = _by_gram(BL.T, k)
-    if found is None:
-        return None
-    Z, S, Ut = found
+    if leading.pays(L.shape[0], k):
+        found = _by_gram((B @ L).T, k)
+        if found is None:
+            return None
+        Z, S, U, whole = found[0], found[1], found[2].T, norm(x)
+    else:
+        GB = leading.gram(B.T)
+        whole = (GA * GB).sum().clamp(min=0).sqrt()
+        S2, Z = torch.linalg.eigh(L.T @ GB @ L)
+        S2, Z = S2[-k:].flip(0), Z[:, -k:].flip(1)
+        rounding = torch.finfo(S2.dtype).eps * GA.trace() * GB.trace()
+        if S2[-1] <= max(DECAYED**2 * S2[0], 1e5 * rounding):
+            return None
+        S = S2.sqrt()
+        U = B @ (L @ Z) / S
     # rows of Z' L^-1 A are orthonormal as far as A is well conditioned: looked at, not assumed
     Vt = torch.linalg.solve_triangular(L.T, Z, upper=True).T @ A
     if (Vt @ Vt.T - torch.eye(k, dtype=Vt.dtype, device=Vt.device)).abs().max() > 1e-9:
         return None
-    return Spectrum(Ut.T, S, Vt)
+    return Spectrum(U, S, Vt), float(whole)
 
 
 def _dense_gram(W: Tensor, k: int) -> Spectrum | None:
@@ -306,8 +321,7 @@ def norm(x: Matrix) -> Tensor:
         return torch.linalg.vector_norm(x, dtype=torch.float64)
     if isinstance(x, Decomposed):
         return torch.tensor(x.norm, dtype=torch.float64)
-    B, A = x.B.double(), x.A.double()
-    return ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
+    return (leading.gram(x.B.double().T) * leading.gram(x.A.double())).sum().clamp(min=0).sqrt()
 
 
 def inner(xs: Iterable[LowRank], ys: Iterable[LowRank]) -> float:

@@ -71,7 +71,8 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         if not total:  # nobody with an example has this module: it stays
             return state.W[module], state.norm[module], state.spectrum[module]
         W = sums.pop(module).over(total)  # and the sum is freed
-        return W, float(lowrank.norm(W)), lowrank.svd(W, state.levels.get(module))
+        spectrum, norm = lowrank.decompose(W, state.levels.get(module))
+        return W, norm, spectrum
 
     done = dict(zip(state.shapes, lowrank.each(finish, state.shapes), strict=True))
     return State(
