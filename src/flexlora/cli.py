@@ -12,6 +12,7 @@ from cyclopts import App, CycloptsError, Group, Parameter
 from rich.console import Console
 
 from flexlora.commands.data import app as data_commands
+from flexlora.commands.flower import app as flower_commands
 from flexlora.config import Config, key_aliases, key_group, make_config, read_config
 from flexlora.types import FlexLoraError
 
@@ -32,6 +33,7 @@ app = App(
     default_parameter=Parameter(name_transform=lambda name: name),
 )
 app.command(data_commands)
+app.command(flower_commands)
 
 Quiet = Annotated[bool, Parameter(help="Print nothing while it works.", negative="", group="Output")]
 Json = Annotated[

@@ -86,8 +86,8 @@ def complete(
 ) -> dict[str, LowRank | Sparse]:
     """The adapter of a message, with the parts that did not travel filled in from what was sent; float32.
 
-    In the order of what was sent; of the message only the named parts are taken. Raises FlexLoraError for a module that was not sent, a part that is
-    missing, and factors that are no matrices.
+    In the order of what was sent; of the message only the named parts are taken. Raises FlexLoraError for a module that
+    was not sent, a part that is missing, and factors that are no matrices.
     """
     wanted = set(parts)
     for module in received:

@@ -1,0 +1,33 @@
+"""`flexlora flower init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cyclopts import App
+from rich.console import Console
+
+app = App(name="flower", help="A real federation, with Flower.")
+console = Console(highlight=False)
+
+
+@app.command
+def init(folder: Path, /, *, sites: int = 2, host: str = "localhost", port: int = 8000) -> None:
+    """Write a federation's folder: the app, certificates, a key for each site, and the exact commands (README.md).
+
+    Parameters
+    ----------
+    folder
+        A new folder.
+    sites
+        How many sites get a key; also the fewest answers that a round needs.
+    host
+        Name or address by which the sites reach the server.
+    port
+        The server's port.
+    """
+    from flexlora.runners.flower_folder import write_folder
+
+    write_folder(folder, sites, host, port)
+    console.print(f"written: {folder}", markup=False, soft_wrap=True)
+    console.print(f"next: the commands for the server and the sites stand in {folder / 'README.md'}", markup=False)
