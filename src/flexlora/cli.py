@@ -99,7 +99,7 @@ def _mode(quiet: bool, json: bool) -> Literal["auto", "quiet", "json"]:
 
 def _next(text: str, quiet: bool = False) -> None:
     if not quiet:
-        out.print(f"next: {text}", markup=False)
+        out.print(f"next: {text}", markup=False, soft_wrap=True)
 
 
 @app.command
@@ -151,7 +151,8 @@ def _summary(folder: Path, quiet: bool) -> None:
 
     out.print(report_table([folder]))
     out.print(f"run folder: {folder}", markup=False)
-    _next(f"flexlora report {folder}")
+    _next(f'flexlora generate {folder} --prompt "…"')
+    out.print(f"      flexlora report {folder}", markup=False, soft_wrap=True)
 
 
 @app.command
@@ -342,6 +343,28 @@ def report(runs: list[Path], /, *, out: Annotated[Path | None, Parameter("--out"
         console.print(f"next: flexlora inspect {runs[0]}", markup=False, soft_wrap=True)
     else:
         console.print(f"next: flexlora report {runs[0]}", markup=False, soft_wrap=True)
+
+
+@app.command
+def watch(run: Path, /, *, timeout: float | None = None) -> None:
+    """Follow a run from another terminal: a line a round, and what is left. It ends with the run, or with Ctrl-C.
+
+    Parameters
+    ----------
+    run
+        The run folder.
+    timeout
+        Give up when no round came for so many seconds; default: never.
+    """
+    from flexlora.display import follow
+    from flexlora.rundir import open_run
+
+    try:
+        reason = follow(open_run(run), out, timeout=timeout)
+    except KeyboardInterrupt:
+        return
+    out.print(f"ended: {reason}", markup=False)
+    _next(f"flexlora report {run}")
 
 
 @app.command(name="inspect")

@@ -106,9 +106,7 @@ class Scoreless:
         return {}
 
     def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
-        kinds = ranks.distinct(self.table.values())
-        counts = {ranks.label(kind): sum(1 for mine in self.table.values() if mine == kind) for kind in kinds}
-        about = {"ranks": counts, "clients": len(self.table), "template": self.template}
+        about = {"ranks": ranks.counts(self.table.values()), "clients": len(self.table), "template": self.template}
         config = self.config
         save_adapter(
             folder,

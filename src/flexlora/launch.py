@@ -235,9 +235,7 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     facts = {
         "model": config.model,
         "method": config.method_name,
-        "ranks": {
-            ranks.label(r): sum(1 for mine in table.values() if mine == r) for r in ranks.distinct(table.values())
-        },
+        "ranks": ranks.counts(table.values()),
         "clients": len(table),
         "template": name,
         "threads": torch.get_num_threads(),

@@ -7,6 +7,7 @@ assignment depends neither on who is sampled nor on how many clients there are.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -211,3 +212,9 @@ def label(ranks: Ranks) -> str:
     """A short name of a rank configuration for people and logs: its distinct ranks, e.g. "8" or "16+48"; many: "3…17"."""
     values: Sequence[int] = sorted(set(ranks.values()))
     return "+".join(map(str, values)) if len(values) <= 3 else f"{values[0]}…{values[-1]}"
+
+
+def counts(table: Iterable[Ranks]) -> dict[str, int]:
+    """Label -> number of clients, smallest ranks first; configurations of one label are counted together."""
+    sorted_table = sorted(table, key=lambda r: (sum(r.values()), tuple(r.values())))
+    return dict(Counter(label(ranks) for ranks in sorted_table))

@@ -161,12 +161,12 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         model = load(config)
         save_merged(model, adapter, {}, out)
         return out
-    counts = {
-        ranks.label(r): sum(1 for mine in standing.table.values() if mine == r)
-        for r in ranks.distinct(standing.table.values())
-    }
     line = next((line for line in run.metrics if line["round"] == standing.round), {"round": standing.round})
-    facts = {"ranks": counts, "clients": len(standing.table), "template": config.prompt_template}
+    facts = {
+        "ranks": ranks.counts(standing.table.values()),
+        "clients": len(standing.table),
+        "template": config.prompt_template,
+    }
     save_adapter(
         out,
         adapter,
