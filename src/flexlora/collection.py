@@ -10,8 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+from safetensors import safe_open
+
 from flexlora import guard, ranks, wire
-from flexlora.types import ClientFailure, ClientRule, ClientUpdate, LowRank, Ranks, TrainTask
+from flexlora.types import ClientFailure, ClientRule, ClientUpdate, LowRank, Ranks, Sparse, TrainTask
 
 Item = TypeVar("Item")
 
@@ -68,6 +71,14 @@ class Spool:
         adapter = wire.complete(wire.decode(self._file(update).read_bytes()), update.sent)
         self._file(update).unlink()
         return replace(update, adapter=adapter)
+
+    def module(self, update: ClientUpdate, module: str) -> tuple[LowRank | Sparse, LowRank | Sparse]:
+        """(trained, sent) of one module of an update that waits; nothing else is read."""
+        assert update.sent is not None
+        origin = {module: update.sent[module]}
+        with safe_open(self._file(update), framework="pt") as file:
+            parts = {part: file.get_tensor(f"{module}.{part}") for part in wire.parts_of(origin[module])}
+        return wire.complete({module: parts}, origin)[module], origin[module]
 
     def _file(self, update: ClientUpdate) -> Path:
         return self.folder / f"{update.client}.safetensors"
@@ -133,16 +144,30 @@ def accept(
 
 
 def moderated(updates: Iterable[ClientUpdate], log: RoundLog, rule: ClientRule, spool: Spool) -> Iterator[ClientUpdate]:
-    """The updates with increments and weights cut to the medians of the round; all of them are waited for, on disk."""
+    """The updates with what one client can do bounded; all of them are waited for, on disk.
+
+    Increments are clipped to the median of their norms and weights cut to the median weight; then the weights become those
+    whose weighted mean is the geometric median of the increments.
+    """
     held = [spool.put(update) for update in updates]
     if not held:
         return
     bound, cap = guard.moderate(log.norms, {update.client: update.weight for update in held})
-    for waiting in held:
-        update = guard.clipped(spool.take(waiting), bound, rule)
-        update = replace(update, weight=min(update.weight, cap))
+    held = [
+        spool.put(guard.clipped(spool.take(update), bound, rule)) if log.norms[update.client] > bound else update
+        for update in held
+    ]
+    gram = torch.zeros((len(held), len(held)), dtype=torch.float64)
+    for module in sorted({module for update in held for module in update.sent or ()}):
+        holders = [i for i, update in enumerate(held) if module in (update.sent or ())]
+        increments = [guard.measured(*spool.module(held[i], module), rule) for i in holders]
+        gram[torch.tensor(holders)[:, None], torch.tensor(holders)] += guard.gram(increments)
+    total = sum(update.weight for update in held)
+    shares = guard.geometric_median(gram, [min(update.weight, cap) for update in held])
+    for update, share in zip(held, shares, strict=True):
+        update = replace(update, weight=share * total)
         log.moderate(update, bound)
-        yield update
+        yield spool.take(update)
     spool.remove()
 
 
@@ -186,7 +211,7 @@ class RoundLog:
         self.records.append(record)
 
     def moderate(self, update: ClientUpdate, bound: float) -> None:
-        """Note the weight and the norm that an update has after `moderated`."""
+        """Note the weight and the norm with which an update is aggregated."""
         self.norms[update.client] = min(self.norms[update.client], bound)
         record = next(r for r in self.records if r["id"] == update.client)
         record |= {"weight": update.weight, "clipped": update.metrics.get("clipped", 1.0)}

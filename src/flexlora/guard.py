@@ -23,6 +23,9 @@ from flexlora.types import ClientFailure, ClientRule, ClientUpdate, LowRank, Spa
 MEMORY = 256
 """Norms of accepted increments that are remembered, of each kind of round."""
 
+ROWS = 128
+"""Rows of all increments of a module that stand side by side in memory, dense, when their inner products are taken."""
+
 BOTH_FACTORS = ClientRule()
 
 MARGIN = 1e-6
@@ -168,26 +171,29 @@ def part_squares(update: ClientUpdate, part: str) -> float:
     return sum(float(change(x, origin)[place].square().sum()) for _, x, origin in pairs(update))
 
 
-def _sparse_squares(update: ClientUpdate) -> float:
-    assert update.sent is not None
-    total = 0.0
-    for module, x in update.adapter.items():
-        origin = update.sent[module]
-        if isinstance(x, Sparse) and isinstance(origin, Sparse):
-            total += float((x.values.double() - origin.values.double()).square().sum())
-    return total
+def measured(x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule = BOTH_FACTORS) -> LowRank:
+    """One module's increment as a float64 matrix in factors, whose Frobenius norm and inner products are what counts.
+
+    B A − B₀ A₀; where one factor stays at the client (fedsa) the change of the other, since the server knows no product;
+    of a sparse module the change of its values, as a row.
+    """
+    if isinstance(x, Sparse) or isinstance(origin, Sparse):
+        assert isinstance(x, Sparse)
+        assert isinstance(origin, Sparse)
+        values = (x.values.double() - origin.values.double())[None]
+        return LowRank(torch.ones((1, 1), dtype=values.dtype), values)
+    dB, dA = change(x, origin)
+    if rule.keep:
+        part = dB.T if rule.send == ("B",) else dA
+        return LowRank(torch.eye(len(part), dtype=part.dtype), part)
+    return LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([origin.A.double() + dA, dA]))
 
 
 def increment_norm(update: ClientUpdate, rule: ClientRule = BOTH_FACTORS) -> float:
-    """Frobenius norm of the increment over all modules; of the factor that travels where the other one is kept (fedsa)."""
-    squares = _sparse_squares(update)
-    if rule.keep:
-        return math.sqrt(squares + sum(part_squares(update, part) for part in rule.send))
-    for _, x, origin in pairs(update):
-        dB, dA = change(x, origin)
-        A = origin.A.double() + dA
-        squares += float(lowrank.norm(LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([A, dA])))) ** 2
-    return math.sqrt(squares)
+    """Frobenius norm of the increment over all modules, as `measured`."""
+    assert update.sent is not None
+    squares = [float(lowrank.norm(measured(x, update.sent[m], rule))) ** 2 for m, x in update.adapter.items()]
+    return math.sqrt(sum(squares))
 
 
 def share_within(update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FACTORS) -> float:
@@ -198,10 +204,11 @@ def share_within(update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FAC
     norm = increment_norm(update, rule)
     if norm <= bound:
         return 1.0
-    if rule.keep:
+    low_rank = list(pairs(update))
+    if rule.keep or not low_rank:  # the change is linear in t
         return bound / norm * (1 - MARGIN)
-    a, b, c = _sparse_squares(update), 0.0, 0.0
-    for _, x, origin in pairs(update):
+    a, b, c = 0.0, 0.0, 0.0
+    for _, x, origin in low_rank:
         dB, dA = change(x, origin)
         P = LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([origin.A.double(), dA]))
         Q = LowRank(dB, dA)
@@ -244,6 +251,37 @@ def moderate(norms: Mapping[int, float], weights: Mapping[int, float]) -> tuple[
     While fewer than half of the clients lie, both stand between the smallest and the largest honest value.
     """
     return statistics.median(norms.values()), statistics.median(weights.values())
+
+
+def gram(xs: Sequence[LowRank]) -> Tensor:
+    """(n, n) Frobenius inner products of n matrices B_i A_i, smaller ones zero-padded; a block of rows at a time."""
+    rows, columns = max(len(x.B) for x in xs), max(x.A.shape[1] for x in xs)
+    total = torch.zeros((len(xs), len(xs)), dtype=torch.float64)
+    for start in range(0, rows, ROWS):
+        block = torch.zeros((len(xs), ROWS, columns), dtype=torch.float64)
+        for i, x in enumerate(xs):
+            part = x.B[start : start + ROWS].double()
+            block[i, : len(part), : x.A.shape[1]] = part @ x.A.double()
+        flat = block.flatten(1)
+        total += flat @ flat.T
+    return total
+
+
+def geometric_median(gram: Tensor, weights: Sequence[float], steps: int = 50) -> list[float]:
+    """Weights, summing to 1, whose weighted mean of n points is their geometric median; gram: (n, n) inner products.
+
+    Smoothed Weiszfeld iteration of RFA (arXiv 1912.13445, algorithm 2): β_i ∝ α_i / max(ν, ‖x_i − z‖), z = Σ β_i x_i,
+    where ‖x_i − z‖² = G_ii − 2 (G β)_i + βᵀ G β needs inner products alone.
+    """
+    alpha = torch.tensor(weights, dtype=torch.float64)
+    alpha /= alpha.sum()
+    beta = alpha
+    smallest = 1e-6 * float(gram.diagonal().max().sqrt())  # ν
+    for _ in range(steps):
+        squares = gram.diagonal() - 2 * gram @ beta + beta @ gram @ beta
+        beta = alpha / squares.clamp(min=0).sqrt().clamp(min=max(smallest, 1e-300))
+        beta = beta / beta.sum()
+    return beta.tolist()
 
 
 def remembered(norms: Mapping[str, Sequence[float]], kind: str, new: Iterable[float]) -> dict[str, tuple[float, ...]]:

@@ -1,0 +1,328 @@
+"""What a client may send, what is made of increments that are too large, and what attackers can do in a whole run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexlora import guard
+from flexlora.config import Config
+from flexlora.engine import run_rounds
+from flexlora.guard import Limits
+from flexlora.methods import get_method
+from flexlora.randomness import generator
+from flexlora.rundir import create_run
+from flexlora.standing import Setup, last_standing
+from flexlora.types import (
+    ClientFailure,
+    ClientInfo,
+    ClientRule,
+    ClientUpdate,
+    Download,
+    LocalTraining,
+    LowRank,
+    Ranks,
+    Sparse,
+    TrainTask,
+)
+from noisy import noisy_update
+
+
+def factors(rank: int = 3, seed: int = 0, d_out: int = 6, d_in: int = 5) -> LowRank:
+    g = torch.Generator().manual_seed(seed)
+    return LowRank(torch.randn(d_out, rank, generator=g), torch.randn(rank, d_in, generator=g))
+
+
+SENT: dict[str, LowRank | Sparse] = {"a": factors(3, 1), "b": factors(2, 2, 4, 7)}
+
+
+def task_of(sent: Mapping[str, LowRank | Sparse] = SENT) -> TrainTask:
+    ranks = {m: len(x.A) for m, x in sent.items() if isinstance(x, LowRank)}
+    return TrainTask(4, 9, ranks, Download(sent, {}, ClientRule()), LocalTraining(), 0, base="smol")
+
+
+def good(scale: float = 0.1, **changes: Any) -> ClientUpdate:
+    return replace(noisy_update(9, SENT, seed=3, scale=scale, weight=5.0), **changes)
+
+
+def refused(update: ClientUpdate, **keys: Any) -> str:
+    result = guard.examine(update, task_of(), **keys)
+    assert isinstance(result, ClientFailure)
+    assert result.client == 9
+    return result.reason
+
+
+# --- what is rejected --------------------------------------------------------------------------------------------------
+
+
+def test_a_good_update_passes_as_it_is() -> None:
+    update = good(round=4, base="smol", metrics={"train_loss": 1.5, "examples": 5, "last_loss": math.nan})
+    passed = guard.examine(update, task_of())
+    assert isinstance(passed, ClientUpdate)
+    assert passed.adapter is update.adapter
+    assert passed.sent == SENT
+    assert passed.weight == 5.0
+    assert dict(passed.metrics) == {"train_loss": 1.5, "examples": 5}
+    smaller = {m: LowRank(x.B[:, :1], x.A[:1]) for m, x in update.adapter.items() if isinstance(x, LowRank)}
+    assert isinstance(guard.examine(replace(update, adapter=smaller), task_of()), ClientUpdate)
+
+
+def with_module(x: Any) -> ClientUpdate:
+    return good(adapter={**good().adapter, "a": x})
+
+
+def broken(place: str, value: float) -> LowRank:
+    x = LowRank(SENT["a"].B.clone(), SENT["a"].A.clone())  # pyright: ignore[reportAttributeAccessIssue]
+    getattr(x, place)[1, 1] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("update", "reason"),
+    [
+        (good(adapter={"a": SENT["a"]}), "other modules"),
+        (good(adapter={**SENT, "c": SENT["a"]}), "other modules"),
+        (good(adapter={}), "other modules"),
+        (with_module(factors(4)), "a has shapes"),
+        (with_module(factors(3, d_out=7)), "a has shapes"),
+        (with_module(factors(3, d_in=6)), "a has shapes"),
+        (with_module(LowRank(torch.zeros(6, 3), torch.zeros(2, 5))), "a has shapes"),
+        (with_module(LowRank(torch.zeros(6), torch.zeros(5))), "a has shapes"),
+        (with_module(Sparse(torch.zeros(2), torch.arange(2), (6, 5))), "another form"),
+        (with_module(broken("A", math.nan)), "a has values that are not finite"),
+        (with_module(broken("B", math.inf)), "a has values that are not finite"),
+        (with_module(LowRank(torch.zeros(6, 3).half(), torch.zeros(3, 5))), "type torch.float16, not torch.float32"),
+        (with_module(LowRank(torch.zeros(6, 3).long(), torch.zeros(3, 5))), "type torch.int64"),
+        (good(weight=0.0), "weight 0.0"),
+        (good(weight=-3.0), "weight -3.0"),
+        (good(weight=math.nan), "weight nan"),
+        (good(weight=math.inf), "weight inf"),
+        (good(metrics={"examples": math.nan}), "examples is nan"),
+        (good(metrics={"bytes_up": -1.0}), "bytes_up is -1"),
+        (good(round=3), "trained for round 3, this is round 4"),
+        (good(base="llama"), "another base model"),
+        (with_module(LowRank(torch.full((6, 3), 3e38), torch.full((3, 5), 3e38))), None),
+    ],
+)
+def test_what_is_wrong_is_named(update: ClientUpdate, reason: str | None) -> None:
+    said = refused(update, limits=Limits(max_norm=1e6))
+    assert said.startswith("rejected: ")
+    assert "\n" not in said
+    if reason is not None:
+        assert reason in said
+
+
+def test_sparse_values_stay_in_their_places() -> None:
+    sent = {"a": Sparse(torch.zeros(4), torch.arange(4), (6, 5))}
+    values = torch.randn(4, generator=torch.Generator().manual_seed(0))
+    task = task_of(sent)
+    fine = ClientUpdate(9, 1.0, {"a": Sparse(values, torch.arange(4), (6, 5))})
+    assert isinstance(guard.examine(fine, task), ClientUpdate)
+    for x in (Sparse(values[:3], torch.arange(3), (6, 5)), Sparse(values, torch.arange(4) + 1, (6, 5))):
+        assert isinstance(guard.examine(replace(fine, adapter={"a": x}), task), ClientFailure)
+    cut = guard.examine(fine, task, limits=Limits(max_norm=0.5, action="clip"))
+    assert isinstance(cut, ClientUpdate)
+    assert isinstance(cut.adapter["a"], Sparse)
+    assert float(cut.adapter["a"].values.norm()) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_weights_are_capped() -> None:
+    capped = guard.examine(good(weight=1e9), task_of(), limits=Limits(max_examples=500))
+    assert isinstance(capped, ClientUpdate)
+    assert capped.weight == 500.0
+
+
+# --- how large an increment may be -------------------------------------------------------------------------------------
+
+
+def test_bounds_in_the_first_round_and_later() -> None:
+    assert Limits().bound([1.0]) == math.inf
+    assert Limits(max_norm=3.0, factor=10.0).bound([]) == 3.0
+    assert Limits(factor=10.0).bound([]) == math.inf
+    # three liars of ten do not move the median out of the honest values
+    assert Limits(factor=10.0).bound([1.0] * 7 + [1e9] * 3) == 10.0
+    assert Limits(max_norm=3.0, factor=10.0).bound([1.0]) == 3.0
+    assert Limits(factor=10.0).bound([0.0, 0.0]) == math.inf
+    assert "its increment has norm" in refused(good(100.0), norms=[1.0], limits=Limits(factor=10.0))
+    assert isinstance(guard.examine(good(0.01), task_of(), norms=[1.0], limits=Limits(factor=10.0)), ClientUpdate)
+
+
+def dense_increment(update: ClientUpdate, t: float = 1.0) -> dict[str, torch.Tensor]:
+    """By the definition, float64: (B₀ + t dB)(A₀ + t dA) − B₀ A₀, directions that were dropped going to zero."""
+    moved = {}
+    assert update.sent is not None
+    for m, x in update.adapter.items():
+        o = update.sent[m]
+        assert isinstance(x, LowRank)
+        assert isinstance(o, LowRank)
+        B, A = torch.zeros_like(o.B).double(), torch.zeros_like(o.A).double()
+        B[:, : len(x.A)], A[: len(x.A)] = x.B.double(), x.A.double()
+        B0, A0 = o.B.double(), o.A.double()
+        moved[m] = (B0 + t * (B - B0)) @ (A0 + t * (A - A0)) - B0 @ A0
+    return moved
+
+
+def whole_norm(parts: Mapping[str, torch.Tensor]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in parts.values()))
+
+
+@settings(max_examples=60)
+@given(
+    scale=st.floats(1e-4, 1e3),
+    share=st.floats(1e-3, 1.5),
+    rank=st.integers(1, 3),
+    seed=st.integers(0, 10**6),
+    parts=st.sampled_from([("A", "B"), ("B",), ("A",)]),
+)
+def test_clipping_meets_the_bound_and_keeps_places(
+    scale: float, share: float, rank: int, seed: int, parts: tuple[str, ...]
+) -> None:
+    update = noisy_update(9, SENT, seed=seed, scale=scale, parts=parts)
+    if rank < 3:  # a client that pruned
+        x = update.adapter["a"]
+        assert isinstance(x, LowRank)
+        update = replace(update, adapter={**update.adapter, "a": LowRank(x.B[:, :rank], x.A[:rank])})
+    norm = whole_norm(dense_increment(update))
+    assert guard.increment_norm(update) == pytest.approx(norm, rel=1e-6)
+    bound = share * norm
+    cut = guard.clipped(update, bound)
+    if share >= 1:
+        assert cut is update
+        return
+    t = cut.metrics["clipped"]
+    assert 0 < t < 1
+    after = whole_norm(dense_increment(update, t))
+    assert after <= bound
+    assert after >= bound * (1 - 1e-5)
+    for m, d in dense_increment(cut).items():
+        torch.testing.assert_close(d, dense_increment(update, t)[m], rtol=1e-4, atol=1e-5 * max(1.0, scale))
+        x, o = cut.adapter[m], SENT[m]
+        assert isinstance(x, LowRank)
+        assert isinstance(o, LowRank)
+        assert x.A.shape == o.A.shape
+        if parts == ("B",) and rank == 3:
+            # what was frozen is the same to the bit, and the increment is scaled as a whole
+            assert torch.equal(x.A, o.A)
+            torch.testing.assert_close(d, t * dense_increment(update)[m], rtol=1e-4, atol=1e-5 * max(1.0, scale))
+    factored = guard.increment(update, t)
+    for m, d in dense_increment(update, t).items():
+        product = factored[m].B.double() @ factored[m].A.double()
+        torch.testing.assert_close(product, d, rtol=1e-4, atol=1e-6 * max(1.0, scale**2))
+
+
+def test_where_one_factor_stays_at_the_client_the_other_is_measured() -> None:
+    """fedsa sends A alone; the server knows no B, and the product would say that nothing changed."""
+    sent = {"a": LowRank(torch.zeros(6, 3), factors().A)}
+    rule = ClientRule(send=("A",), keep=("B",))
+    update = noisy_update(9, sent, seed=0, scale=2.0, parts=("A",))
+    x = update.adapter["a"]
+    assert isinstance(x, LowRank)
+    norm = float((x.A - sent["a"].A).norm())
+    assert guard.increment_norm(update, rule) == pytest.approx(norm, rel=1e-6)
+    cut = guard.clipped(update, norm / 4, rule).adapter["a"]
+    assert isinstance(cut, LowRank)
+    torch.testing.assert_close(cut.A, sent["a"].A + (x.A - sent["a"].A) / 4, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_are_remembered_by_kind_of_round() -> None:
+    norms = guard.remembered({}, "B", [1.0, 2.0])
+    norms = guard.remembered(norms, "A", [30.0])
+    norms = guard.remembered(norms, "B", [3.0] * guard.MEMORY)
+    assert norms == {"B": (3.0,) * guard.MEMORY, "A": (30.0,)}
+    assert guard.kind(ClientRule()) != guard.kind(ClientRule(train=("values",)))
+
+
+# --- attackers in a whole run -------------------------------------------------------------------------------------------
+
+D_OUT, D_IN, EXAMPLES = 12, 16, 40
+
+
+class Regression:
+    """Runner and scorer at once: clients fit Y = X Wᵀ with LoRA by Adam, their W_i around one W; some clients lie."""
+
+    def __init__(self, table: Mapping[int, Ranks], attack: str | None) -> None:
+        self.table, self.attack = table, attack
+        g = torch.Generator().manual_seed(11)
+        truth = torch.randn(D_OUT, 3, generator=g) @ torch.randn(3, D_IN, generator=g) / 2
+        self.data = {}
+        for client in table:
+            own = truth + 0.1 * torch.randn(D_OUT, D_IN, generator=g)  # no client's task is quite another's
+            X = torch.randn(EXAMPLES, D_IN, generator=g)
+            self.data[client] = (X, X @ own.T + 0.1 * torch.randn(EXAMPLES, D_OUT, generator=g))
+        X = torch.randn(500, D_IN, generator=g)
+        self.held_out = (X, X @ truth.T + 0.1 * torch.randn(500, D_OUT, generator=g))
+
+    def clients(self) -> Mapping[int, ClientInfo]:
+        return {client: ClientInfo() for client in self.table}
+
+    def honest(self, task: TrainTask) -> ClientUpdate:
+        x = task.download.adapter["m"]
+        assert isinstance(x, LowRank)
+        factors = {"B": x.B.clone(), "A": x.A.clone()}
+        trained = [factors[part].requires_grad_() for part in task.download.rule.train]
+        X, Y = self.data[task.client]
+        optimizer = torch.optim.Adam(trained, lr=0.03)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (X @ factors["A"].T @ factors["B"].T - Y).square().mean().backward()
+            optimizer.step()
+        adapter = {"m": LowRank(factors["B"].detach(), factors["A"].detach())}
+        return ClientUpdate(task.client, float(EXAMPLES), adapter, metrics={"examples": EXAMPLES})
+
+    def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
+        for task in tasks:
+            update = self.honest(task)
+            yield self.lie(task, update) if self.attack and task.client % 5 == 0 else update
+
+    def lie(self, task: TrainTask, update: ClientUpdate) -> ClientUpdate:
+        x, o = update.adapter["m"], task.download.adapter["m"]
+        assert isinstance(x, LowRank)
+        assert isinstance(o, LowRank)
+        g = generator(task.seed, "attack")
+        if self.attack == "flip":  # ten times the increment, the other way
+            return replace(
+                update, adapter={"m": LowRank(o.B - 10 * (x.B - o.B), o.A - 10 * (x.A - o.A) * (x.A != o.A))}
+            )
+        if self.attack == "noise":
+            noise = LowRank(
+                o.B + 3 * torch.randn(o.B.shape, generator=g), o.A + 3 * torch.randn(o.A.shape, generator=g)
+            )
+            return replace(update, adapter={"m": noise})
+        if self.attack == "weight":
+            flipped = LowRank(o.B - (x.B - o.B), o.A - (x.A - o.A))
+            return replace(update, adapter={"m": flipped}, weight=1e6)
+        return replace(update, adapter={"m": LowRank(x.B * math.nan, x.A)})
+
+    def validate(self, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
+        X, Y = self.held_out
+        return {"loss": float((X @ adapter["m"].A.T @ adapter["m"].B.T - Y).square().mean())}
+
+    def evaluate(self, *args: Any) -> Any:
+        return {}
+
+    def save(self, folder: Path, adapter: Any, facts: Any) -> None:
+        folder.mkdir()
+
+    def close(self) -> None: ...
+
+
+def held_out_loss(folder: Path, attack: str | None, method: str, rounds: int = 15, **keys: Any) -> float:
+    """Of the last round, which is what the server ends with."""
+    sizes = (4, 4, 4) if method in ("fedavg", "fedex") else (3, 4, 6)
+    table: dict[int, Ranks] = {client: {"m": sizes[client % 3]} for client in range(20)}
+    both: Any = Regression(table, attack)
+    values = {"participation": 1.0, "rounds": rounds, "early_stop": False, "eval_every": 0, "method": method, **keys}
+    config = Config(**values, output_dir=folder, name="r")
+    setup = Setup(config, get_method(method), {"m": (D_OUT, D_IN)}, table, "chat", both, None)
+    run = create_run(config, folder / "r", {})
+    quiet = lambda event, facts: None  # noqa: E731
+    run_rounds(setup, both, run, last_standing(setup, run, quiet), quiet)
+    return run.metrics[-1]["validation"]["loss"]
