@@ -226,7 +226,7 @@ class FlowerRunner:
         for name, most in (("rank", self._config.max_rank), ("examples", self._config.max_examples)):
             said = getattr(info, name)
             if said is not None and most is not None and said > most:
-                self._note(f"site {number} says {name} {said}; max_{name.removesuffix('s')} caps it at {most}")
+                self._note(f"site {number} says {name} {said}; max_{name} caps it at {most}")
                 info = replace(info, **{name: most})
         return number, info
 

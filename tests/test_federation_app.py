@@ -1,0 +1,391 @@
+"""A whole federation in this process: the app's two sides over a grid that hands messages straight to the sites."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load
+
+from federation import own_folder
+from flexlora import Config, run
+from flexlora.federate import serve
+from flexlora.rundir import Run, read_metrics
+from flexlora.runners import flower
+from flexlora.runners.flower import client_app
+from flexlora.runners.flower_folder import run_keys, write_folder
+from flexlora.types import FlexLoraError
+from tiny import tiny_federation, tiny_model
+
+RANKS = (2, 3, 8, 5)
+
+
+class SitesGrid:
+    """Nodes with their node configs; a message is answered at once. Remembers every message of both ways."""
+
+    def __init__(self, home: Path, run_config: dict[str, Any]) -> None:
+        self.home, self.run_config = home, run_config
+        self.nodes: dict[int, dict[str, Any]] = {}
+        self.sent: list[Message] = []
+        self.replies: dict[str, Message] = {}
+        self.answered: list[Message] = []
+        self.before: Callable[[Message], bool] = lambda message: True
+        """Called with each message that a site gets; False: the site dies of it."""
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
+        for message in messages:
+            name = f"m{len(self.sent)}"
+            message.metadata.__dict__["_message_id"] = name
+            self.sent.append(message)
+            node = message.metadata.dst_node_id
+            if node not in self.nodes or not self.before(message):
+                self.nodes.pop(node, None)
+                self.replies[name] = Message(Error(2, "the node is\nunavailable"), reply_to=message)
+            else:
+                context = Context(1, node, self.nodes[node], RecordDict(), self.run_config)
+                self.replies[name] = client_app(message, context)
+                self.answered.append(self.replies[name])
+            ids.append(name)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> Iterable[Message]:
+        # The last one first: the order of arrival must not matter.
+        return [self.replies.pop(name) for name in sorted(ids)[::-1] if name in self.replies]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(flower, "POLL", 0.0)
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+class Town:
+    """Four sites with folders of their own, and the run that they take part in."""
+
+    def __init__(self, tiny: tuple[Path, Path], folder: Path, **keys: Any) -> None:
+        self.folder, self.data = folder, tiny[1]
+        self.keys: dict[str, Any] = {
+            "model": str(tiny[0]),
+            "output_dir": str(folder / "runs"),
+            "name": "federation",
+            "method": "flexlora",
+            "ranks": "homo",
+            "rounds": 2,
+            "participation": 1.0,
+            "learning_rate": 0.01,
+            "lora_dropout": 0.1,
+            "early_stop": False,
+            "min_clients": 1,
+            "round_timeout": 60.0,
+            **keys,
+        }
+        self.grid = SitesGrid(folder, self.keys)
+        self.notes: list[str] = []
+
+    def join(self, *sites: int, **config: Any) -> None:
+        for site in sites:
+            own = self.folder / f"own-{site}"
+            if not own.exists():
+                own_folder(self.data, 4, site, own)
+            self.grid.nodes[1000 - site] = {"partition-id": site, "data": str(own), "rank": RANKS[site], **config}
+
+    def serve(self, on: Callable[[str, Any], None] = lambda event, facts: None, **keys: Any) -> Run:
+        def notify(event: str, facts: Any) -> None:
+            if event == "note":
+                self.notes.append(facts["text"])
+            on(event, facts)
+
+        grid: Any = self.grid
+        return serve(grid, {**self.keys, **keys}, notify)
+
+    def local(self, tiny: tuple[Path, Path], **keys: Any) -> Run:
+        """The same run with every client in this process."""
+        types = {f"r{rank}": rank for rank in RANKS}
+        table = {site: f"r{rank}" for site, rank in enumerate(RANKS)}
+        values = {
+            **self.keys,
+            "ranks": {"types": types, "clients": table},
+            "data": tiny[1],
+            "name": "local",
+            "eval_every": 0,
+            **keys,
+        }
+        return run(Config(**values))
+
+
+def state_of(done: Run, round: int) -> bytes:
+    return (done.checkpoints / f"round-{round:04d}" / "state.safetensors").read_bytes()
+
+
+def participants(done: Run) -> list[list[int]]:
+    return [[c["id"] for c in line["clients"]] for line in read_metrics(done.folder)]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"wire_dtype": "bfloat16"},
+        {"method": "rolora"},
+        {"baseline": "slora", "sparse_rounds": 1},
+        {"method": "flora"},
+        {"method": "hetlora", "prune_gamma": 0.5},
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())) or "flexlora",
+)
+def test_the_state_is_that_of_the_local_runner(tiny: tuple[Path, Path], tmp_path: Path, keys: dict[str, Any]) -> None:
+    town = Town(tiny, tmp_path, **keys)
+    town.join(0, 1, 2, 3)
+    done, here = town.serve(), town.local(tiny)
+    assert participants(done) == participants(here) == [[0, 1, 2, 3]] * 2
+    for round in (1, 2):
+        assert state_of(done, round) == state_of(here, round)
+    up = [[(c["bytes_up"], c["bytes_down"]) for c in line["clients"]] for line in read_metrics(done.folder)]
+    assert up == [[(c["bytes_up"], c["bytes_down"]) for c in line["clients"]] for line in read_metrics(here.folder)]
+
+
+def test_fedsa_keeps_b_at_the_site_through_a_restart(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, method="fedsa", rounds=3)
+    for site in range(4):
+        town.join(site, keep=str(tmp_path / f"kept-{site}"))
+    done, here = town.serve(), town.local(tiny)
+    assert state_of(done, 3) == state_of(here, 3)
+    for message in [*town.grid.sent, *town.grid.answered]:
+        arrays: Any = message.content["adapters"]
+        for array in arrays.values():
+            assert all(name.endswith(".A") for name in load(array.data))
+    for site in range(4):
+        (kept,) = (tmp_path / f"kept-{site}").rglob("round-0003.safetensors")
+        assert kept.read_bytes() == (here.folder / "kept" / str(site) / "round-0003.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "kept-2")
+    other = town.serve(rounds=4)
+    assert state_of(other, 4) != state_of(town.local(tiny, rounds=4, name="longer"), 4)
+
+
+def test_only_adapters_counts_and_figures_leave_a_site(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path)
+    town.join(0, 1)
+    town.serve()
+    words = [
+        record[key]
+        for site in (0, 1)
+        for record in json.loads((tmp_path / f"own-{site}" / "local_training_0.json").read_text())
+        for key in ("input", "output", "instruction")
+        if len(record[key]) > 3
+    ]
+    assert len(words) > 10
+    kinds = set()
+    for message in town.grid.answered:
+        assert set(message.content) == {"facts", "adapters"}
+        record = message.content["facts"]
+        assert isinstance(record, ConfigRecord)
+        assert set(record) == {"json", "run"}
+        facts = json.loads(str(record["json"]))
+        kind = message.metadata.message_type
+        kinds.add(kind)
+        allowed = {
+            "query.capabilities": {"client", "examples", "rank"},
+            "train": {"kind", "client", "weight", "round", "base", "metrics"},
+            "evaluate": {"kind", "client", "loss_sum", "tokens", "examples"},
+        }[kind]
+        assert set(facts) == allowed
+        assert all(isinstance(v, (int, float)) for v in facts.get("metrics", {}).values())
+        arrays: Any = message.content["adapters"]
+        assert list(arrays) == (["adapter"] if kind == "train" else [])
+        everything = str(record["json"]).encode()
+        for array in arrays.values():
+            everything += array.data
+            tensors = load(array.data)
+            assert {name.rsplit(".", 1)[-1] for name in tensors} == {"A", "B"}
+            rank = RANKS[facts["client"]]
+            assert {t.shape[0 if n.endswith("A") else 1] for n, t in tensors.items()} == {rank}
+        assert not [word for word in words if word.encode() in everything]
+    assert kinds == {"query.capabilities", "train", "evaluate"}
+
+
+def test_claims_are_capped_with_a_line(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, max_rank=4, max_examples=5, rounds=1)
+    town.join(0, 1, 2, 3)
+    done = town.serve()
+    (line,) = read_metrics(done.folder)
+    assert [c["ranks"] for c in line["clients"]] == ["2", "3", "4", "4"]
+    assert {c["weight"] for c in line["clients"]} == {5.0}
+    assert "site 2 says rank 8; max_rank caps it at 4" in town.notes
+    assert "site 1 says examples 6; max_examples caps it at 5" in town.notes
+
+
+def test_memory_becomes_a_rank_and_silence_the_runs_own(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=1, lora_r=6)
+    town.join(0, 1)
+    # Adapter, gradient and two moments, four bytes each, of 32·7 + 16·2 + 48·3 numbers a rank in each of two layers.
+    per_rank = 16 * 2 * ((32 + 32) * 2 + (32 + 16) * 2 + (32 + 48) * 3)
+    for site, said in ((0, {"memory": 3 * per_rank + 5}), (1, {})):
+        node = town.grid.nodes[1000 - site]
+        del node["rank"]
+        node.update(said)
+    (line,) = read_metrics(town.serve().folder)
+    assert [c["ranks"] for c in line["clients"]] == ["3", "6"]
+
+
+def test_a_late_joiner_takes_part_in_the_next_round(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=3)
+    town.join(0, 1)
+
+    def late(event: str, facts: Any) -> None:
+        if event == "round" and facts["round"] == 2 and facts["clients"] == [0, 1]:
+            town.join(3)
+
+    done = town.serve(late)
+    assert participants(done) == [[0, 1], [0, 1], [0, 1, 3]]
+    assert read_metrics(done.folder)[2]["clients"][2]["ranks"] == "5"
+    assert [line["round"] for line in read_metrics(done.folder)] == [1, 2, 3]
+
+
+def test_a_site_that_dies_in_a_round_is_survived_and_comes_back(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=3)
+    town.join(0, 1, 2)
+
+    def dies(message: Message) -> bool:
+        group, kind = message.metadata.group_id, message.metadata.message_type
+        return not (kind == "train" and group == "2" and message.metadata.dst_node_id == 999)
+
+    town.grid.before = dies
+
+    def back(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 2:
+            town.join(1)
+
+    done = town.serve(back)
+    assert participants(done) == [[0, 1, 2], [0, 2], [0, 1, 2]]
+    (failed,) = read_metrics(done.folder)[1]["failed"]
+    assert failed["id"] == 1
+    assert failed["failed"] == "its site failed: the node is unavailable"
+
+
+class KilledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("method", ["flexlora-carry", "fedsa"])
+def test_a_server_that_was_killed_goes_on_from_its_checkpoint(
+    tiny: tuple[Path, Path], tmp_path: Path, method: str
+) -> None:
+    town = Town(tiny, tmp_path, rounds=3, method=method)
+    town.join(0, 1, 2, 3)
+    count = 0
+
+    def killed(message: Message) -> bool:
+        nonlocal count
+        count += message.metadata.message_type == "train"
+        if count == 7:  # the third site of round 2
+            raise KilledError
+        return True
+
+    town.grid.before = killed
+    with pytest.raises(KilledError):
+        town.serve()
+    town.grid.before = lambda message: True
+    done, here = town.serve(), town.local(tiny)
+    assert participants(done) == [[0, 1, 2, 3]] * 3
+    assert state_of(done, 3) == state_of(here, 3)
+
+
+def test_a_site_says_less_and_gets_less(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=2)
+    town.join(0, 2)
+
+    def smaller(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 1:
+            town.grid.nodes[777] = {**town.grid.nodes.pop(998), "rank": 4}
+
+    done = town.serve(smaller)
+    ranks = [[c["ranks"] for c in line["clients"]] for line in read_metrics(done.folder)]
+    assert ranks == [["2", "8"], ["2", "4"]]
+
+
+def test_sites_that_cannot_take_part_are_named(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=1)
+    town.join(0, 1)
+    town.grid.nodes |= {
+        1: {"partition-id": 7, "data": str(tmp_path / "nowhere")},
+        2: {"data": str(tmp_path / "own-0")},
+        3: {"partition-id": 8},
+        4: {"partition-id": 9, "data": str(tmp_path / "own-0"), "rank": "many"},
+        5: {"partition-id": 0, "data": str(tmp_path / "own-1")},
+    }
+    done = town.serve()
+    assert [c["id"] for c in read_metrics(done.folder)[0]["clients"]] == [0, 1]
+    notes = "\n".join(town.notes)
+    for word in (
+        "nowhere",
+        "partition-id: missing",
+        "add data='/path'",
+        "'many' is no count",
+        "site 0 is connected twice",
+    ):
+        assert word in notes
+
+
+def test_validation_is_the_sites_own(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=2)
+    town.join(0, 1, 2)
+    done = town.serve()
+    for line in read_metrics(done.folder):
+        assert line["validation"]["clients"] == 3
+        assert line["validation"]["examples"] == 9
+        assert 0 < line["validation"]["loss"] < 20
+        assert line["eval"] == {}
+    assert (done.adapter / "adapter_model.safetensors").is_file()
+    assert done.best_round == min(read_metrics(done.folder), key=lambda line: line["validation"]["loss"])["round"]
+
+
+def test_what_the_server_cannot_do_is_one_line(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path)
+    town.join(0, 1)
+    impossible: list[tuple[dict[str, Any], str]] = [
+        ({"method": "fedavg"}, "equal ranks"),
+        ({"name": "none"}, "name"),
+        ({"prompt_template": "mine.json"}, "built-in"),
+        ({"min_clients": 9, "round_timeout": 0.01}, "9 are needed"),
+        ({"ronds": 3}, "rounds"),
+    ]
+    for keys, word in impossible:
+        with pytest.raises(FlexLoraError, match=word):
+            town.serve(**keys)
+
+
+def test_the_folder_of_init_is_a_configuration_and_its_keys_are_secret(tmp_path: Path) -> None:
+    import stat
+    import tomllib
+
+    write_folder(tmp_path / "fed", 3, "flower.example.org", 9000)
+    app = tomllib.loads((tmp_path / "fed" / "app" / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    keys = dict(app["config"])
+    assert Config(**keys).min_clients == 3
+    assert "trust_remote_code" not in run_keys(2, tmp_path)
+    for name in ("server/ca.key", "server/server.key", "sites/site-2/key"):
+        assert stat.S_IMODE((tmp_path / "fed" / name).stat().st_mode) == 0o600
+    text = (tmp_path / "fed" / "README.md").read_text()
+    for word in ("flower.example.org:9000", "--host 0.0.0.0", "/v1/control", "--enable-supernode-auth", "site-2"):
+        assert word in text
+    with pytest.raises(FlexLoraError, match="exists already"):
+        write_folder(tmp_path / "fed")
