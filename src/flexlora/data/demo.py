@@ -163,7 +163,7 @@ def examples(family: Family, count: int, seed: int) -> list[Record]:
 
 
 def write_demo(
-    folder: str | Path, *, seed: int = 42, train: int = 16, eval: int = 6, test: int = 6, unseen: int = 8
+    folder: str | Path, *, seed: int = 42, train: int = 10, eval: int = 6, test: int = 6, unseen: int = 8
 ) -> None:
     """Write the federation as ``{folder}/8/local_*_{i}.json`` with `global_test.json`; the same seed, the same bytes.
 
