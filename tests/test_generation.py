@@ -119,6 +119,8 @@ def test_stop_string_may_be_a_special_token_and_the_answer_empty(tiny):
     first = {p: oracle(network, tokenizer, p, 1) for p in map(tuple, PROMPTS)}
     texts = generate(network, tokenizer, PROMPTS, max_new_tokens=8, batch_size=4, stop=tuple(set(first.values())))
     assert texts == [""] * len(PROMPTS)
+    # of several, the one that stands first
+    assert generation._Ending(network, tokenizer, ["d", "b"]).text(tokenizer("abcd").input_ids) == "a"
     ending = generation._Ending(network, tokenizer, ["<|im_start|>", "###"])
     assert tokenizer.convert_tokens_to_ids("<|im_start|>") in ending.tokens
     assert ending.stop == ["###"]
