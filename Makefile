@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: setup demo test test-slow check format docs bench clean
+.PHONY: setup demo test test-slow test-faults test-federation check format docs bench clean
 
 setup: $(READY)            ## create .venv and install flexlora with its pinned dependencies
 
@@ -17,10 +17,17 @@ demo: $(READY)             ## the main job: a real LLM, eight clients at differe
 	$(BIN)/flexlora demo
 
 test: $(READY)             ## the tests, under ten minutes on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not faults and not federation'
 
 test-slow: $(READY)        ## what is too slow for `make test`
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
+
+test-faults: $(READY)      ## twenty kills and ten thousand bad inputs
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
+
+test-federation: $(READY)  ## real federations on loopback: TLS, keys, dead sites
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower,ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m federation
 
 check: $(READY)            ## format, lint, types
 	$(BIN)/ruff format --check .
@@ -36,7 +43,7 @@ docs: $(READY)             ## build the documentation site into site/
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)            ## aggregation against what a user would pick instead
-	$(BIN)/python benchmarks/aggregation.py
+	$(BIN)/python benchmarks/aggregation.py --quick
 
 clean:                     ## remove the environment and caches
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis site

@@ -11,11 +11,15 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 from flexlora import Config, run
 from flexlora.data.demo import write_demo
 
-RATES = {"fedit": (1e-4, 3e-4, 1e-3, 3e-3), "fedavg": (0.01, 0.1, 0.5, 2.0)}
+RATES: dict[Literal["fedit", "fedavg"], tuple[float, ...]] = {
+    "fedit": (1e-4, 3e-4, 1e-3, 3e-3),
+    "fedavg": (0.01, 0.1, 0.5, 2.0),
+}
 RELEASE = 1e-6
 """What the published code trains with."""
 
@@ -28,14 +32,16 @@ def main() -> None:
     parser.add_argument("--participation", type=float, default=0.25)
     parser.add_argument("--ranks", default="homo")
     parser.add_argument("--lora_scaling", default="alpha_over_r")
-    parser.add_argument("--baseline", choices=list(RATES), action="append")
+    parser.add_argument("--baseline", choices=list(RATES))
     parser.add_argument("--rates", type=float, nargs="+")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         data = given.data or Path(scratch) / "data"
         if given.data is None:
             write_demo(data)
-        for baseline in given.baseline or RATES:
+        for baseline in RATES:
+            if given.baseline not in (None, baseline):
+                continue
             for rate in given.rates or (RELEASE, *RATES[baseline]):
                 config = Config(
                     model=given.model,
