@@ -3,6 +3,7 @@ written, started twice, told to stop. What is left must be whole, and going on m
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from multiprocessing.process import BaseProcess
@@ -19,6 +21,7 @@ from typing import Any
 import pytest
 
 from flexlora import FlexLoraError
+from flexlora.checkpoint import checkpoint_folder, checkpoint_rounds
 from flexlora.rundir import read_metrics
 from tiny import tiny_federation, tiny_model
 
@@ -64,7 +67,7 @@ def work(values: dict[str, Any], resume: bool, kill_at: int, limit: int, out: st
 
     sys.addaudithook(watch)
     if limit:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
     said = ""
     try:
         if resume:
@@ -77,7 +80,7 @@ def work(values: dict[str, Any], resume: bool, kill_at: int, limit: int, out: st
         said = f"stopped {stop}"
     finally:
         if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         Path(out).write_text(json.dumps({"said": said, "changes": changes[0]}), encoding="utf-8")
 
 
@@ -223,3 +226,166 @@ def test_killed_again_and_again(lab: Lab) -> None:
     for change in range(12, 60, 4):
         lab.start("fedsa", "again", resume=True, kill_at=change).join()
     lab.finish("fedsa", "again")
+
+
+# --- a disk that refuses ------------------------------------------------------------------------------------------------
+
+
+def whole_checkpoints(folder: Path) -> list[int]:
+    """Rounds whose checkpoint matches its hash; none may be half there."""
+    rounds = checkpoint_rounds(folder / "checkpoints")
+    for round in rounds:
+        record = json.loads((checkpoint_folder(folder / "checkpoints", round) / "state.json").read_text())
+        blob = (checkpoint_folder(folder / "checkpoints", round) / "state.safetensors").read_bytes()
+        assert hashlib.sha256(blob).hexdigest() == record["sha256"]
+    return rounds
+
+
+def test_files_that_cannot_grow_leave_the_last_checkpoint_whole(lab: Lab) -> None:
+    folder = lab.prepare("flexlora", "limited")
+    lab.start("flexlora", "limited", kill_at=lab.reference("flexlora")[2] * 2 // 3).join()
+    before = whole_checkpoints(folder)
+    assert before
+    lab.start("flexlora", "limited", resume=True, limit=4096).join()
+    said = lab.said()["said"]
+    assert said.count("\n") == 0
+    assert str(folder) in said
+    assert "File too large" in said
+    assert f"flexlora resume {folder}" in said
+    assert whole_checkpoints(folder)[-1] == before[-1]
+    lab.finish("flexlora", "limited")
+
+
+def test_a_full_disk_gives_a_line_and_leaves_the_last_checkpoint_whole(lab: Lab) -> None:
+    small = lab.folder / "small"
+    small.mkdir()
+    room = sum(len(x) for x in content(lab.reference("flexlora")[0], "**/*").values()) * 2 // 3
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={room}", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        lab.values["output_dir"] = str(small)
+        lab.start("flexlora", "full").join()
+        said = lab.said()["said"]
+        assert "No space left on device" in said
+        assert said.count("\n") == 0
+        assert whole_checkpoints(small / "full") == checkpoint_rounds(small / "full" / "checkpoints")
+        subprocess.run(["mount", "-o", "remount,size=40m", str(small)], check=True)
+        lab.values["output_dir"] = str(lab.folder)
+        shutil.copytree(small / "full", lab.folder / "full")
+    finally:
+        lab.values["output_dir"] = str(lab.folder)
+        subprocess.run(["umount", str(small)], check=True)
+    lab.finish("flexlora", "full")
+
+
+def test_a_folder_that_cannot_be_written_is_a_line_and_nothing_else(lab: Lab) -> None:
+    (lab.folder / "file").write_text("")
+    lab.values["output_dir"] = str(lab.folder / "file")
+    try:
+        lab.start("flexlora", "x").join()
+    finally:
+        lab.values["output_dir"] = str(lab.folder)
+    assert "cannot be written" in lab.said()["said"]
+    assert "--output_dir" in lab.said()["said"]
+    assert (lab.folder / "file").read_text() == ""
+
+
+def test_a_read_only_run_folder_is_a_line(lab: Lab) -> None:
+    folder = lab.prepare("flexlora", "frozen")
+    lab.start("flexlora", "frozen", kill_at=lab.reference("flexlora")[2] * 2 // 3).join()
+    before = content(folder, "**/*")
+    bind = subprocess.run(["mount", "--bind", str(folder), str(folder)], capture_output=True, check=False)
+    if bind.returncode:
+        pytest.skip("a read-only mount is not permitted here")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+        lab.start("flexlora", "frozen", resume=True).join()
+        said = lab.said()["said"]
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+    assert "Read-only file system" in said
+    assert said.count("\n") == 0
+    assert content(folder, "**/*") == before
+    lab.finish("flexlora", "frozen")
+
+
+# --- two at once, and told to stop ---------------------------------------------------------------------------------------
+
+
+def wait_for_a_round(folder: Path, process: BaseProcess) -> None:
+    while not (folder / "metrics.jsonl").is_file():
+        assert process.is_alive()
+        time.sleep(0.01)
+
+
+def test_a_second_process_is_refused(lab: Lab) -> None:
+    folder = lab.prepare("flexlora", "twice")
+    first = lab.start("flexlora", "twice")
+    wait_for_a_round(folder, first)
+    first_said = lab.out
+    os.kill(first.pid or 0, signal.SIGSTOP)
+    second = lab.start("flexlora", "twice", resume=True)
+    second.join()
+    assert "another process is working on this run" in lab.said()["said"]
+    os.kill(first.pid or 0, signal.SIGCONT)
+    first.join()
+    lab.out = first_said
+    assert lab.said()["said"] == ""
+    lab.finish("flexlora", "twice")  # nothing is left to play
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_told_to_stop_it_says_how_to_go_on(lab: Lab, name: str) -> None:
+    """The real command, in a process of its own."""
+    folder = lab.prepare("flexlora", name)
+    values = {**lab.values, **VARIANTS["flexlora"], "name": name}
+    words = [f"--{key}={str(value).lower() if value is False else value}" for key, value in values.items()]
+    program = "import sys; from flexlora.cli import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", program, "run", "--quiet", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (folder / "metrics.jsonl").is_file():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(getattr(signal, name))
+        _, errors = process.communicate()
+    if process.returncode == 0:  # it was already done
+        pytest.skip("the run ended before the signal")
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("flexlora: stopped; finished rounds are saved")
+    assert f"flexlora resume {folder}" in errors
+    assert "Traceback" not in errors
+    lab.finish("flexlora", name)
+
+
+# --- damage and change --------------------------------------------------------------------------------------------------
+
+
+def test_damaged_checkpoints_are_passed_over_with_a_line(lab: Lab) -> None:
+    folder = lab.folder / "damaged"
+    shutil.copytree(lab.reference("fedsa")[0], folder)
+    blob = folder / "checkpoints" / "round-0003" / "state.safetensors"
+    blob.write_bytes(blob.read_bytes()[:-9])
+    (folder / ".early").mkdir()
+    (folder / ".early" / "0.safetensors").write_bytes(b"left by another process")
+    lab.finish("fedsa", "damaged")
+
+
+def test_an_adapter_between_two_renames_comes_back(lab: Lab) -> None:
+    folder = lab.folder / "renamed"
+    shutil.copytree(lab.reference("flexlora")[0], folder)
+    (folder / "adapter").rename(folder / ".adapter.old")
+    lab.finish("flexlora", "renamed")
+
+
+def test_changed_data_is_refused_by_name(lab: Lab) -> None:
+    path = Path(lab.values["data"]) / "6" / "local_training_0.json"
+    lab.reference("flexlora")
+    original = path.read_bytes()
+    path.write_bytes(original.replace(b"Copy", b"Kopy").replace(b"backwards", b"backwardz"))
+    try:
+        lab.start("flexlora", "alone-flexlora", resume=True).join()
+        assert "local_training_0.json" in lab.said()["said"]
+        assert "changed since the run began" in lab.said()["said"]
+    finally:
+        path.write_bytes(original)

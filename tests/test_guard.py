@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -254,7 +255,7 @@ class Regression:
         truth = torch.randn(D_OUT, 3, generator=g) @ torch.randn(3, D_IN, generator=g) / 2
         self.data = {}
         for client in table:
-            own = truth + 0.1 * torch.randn(D_OUT, D_IN, generator=g)  # no client's task is quite another's
+            own = truth + 0.05 * torch.randn(D_OUT, D_IN, generator=g)  # no client's task is quite another's
             X = torch.randn(EXAMPLES, D_IN, generator=g)
             self.data[client] = (X, X @ own.T + 0.1 * torch.randn(EXAMPLES, D_OUT, generator=g))
         X = torch.randn(500, D_IN, generator=g)
@@ -326,3 +327,65 @@ def held_out_loss(folder: Path, attack: str | None, method: str, rounds: int = 1
     quiet = lambda event, facts: None  # noqa: E731
     run_rounds(setup, both, run, last_standing(setup, run, quiet), quiet)
     return run.metrics[-1]["validation"]["loss"]
+
+
+@pytest.mark.parametrize("method", ["flexlora", "fedavg"])
+def test_a_fifth_of_the_clients_lies(tmp_path: Path, method: str) -> None:
+    """Sign flip ×10, noise, huge weight, NaN: with `robust` within 10 % of the run without them; without it, destroyed."""
+    rounds = 10 if method == "flexlora" else 18
+    without = held_out_loss(tmp_path / "without", "nan", method, rounds, norm_factor=None)  # NaN: they are left out
+    for attack in ("flip", "noise", "weight", "nan"):
+        bounded = held_out_loss(tmp_path / attack, attack, method, rounds, robust=True)
+        assert bounded <= 1.1 * without, attack
+        if attack != "nan" and method == "flexlora":
+            believed = held_out_loss(tmp_path / f"{attack}-believed", attack, method, rounds, norm_factor=None)
+            assert not believed <= 10 * without, attack
+
+
+def test_rejections_are_counted_and_named_and_touch_nothing(tmp_path: Path) -> None:
+    for folder, attack in (("nan", "nan"), ("gone", None)):
+        held_out_loss(tmp_path / folder, attack, "flexlora", 2)
+    lines = [json.loads(text) for text in (tmp_path / "nan" / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["rejected"] for line in lines] == [4, 4]
+    assert [c["id"] for c in lines[0]["failed"]] == [0, 5, 10, 15]
+    assert {c["failed"] for c in lines[0]["failed"]} == {"rejected: m has values that are not finite"}
+    assert len(lines[0]["clients"]) == 16
+
+
+def test_the_geometric_median_against_a_dense_search() -> None:
+    g = torch.Generator().manual_seed(4)
+    points = torch.randn(7, 9, generator=g, dtype=torch.float64)
+    points[0] *= 100
+    weights = [1.0, 2.0, 1.0, 1.0, 0.5, 1.0, 1.0]
+    found = torch.tensor(guard.geometric_median(points @ points.T, weights, steps=200)).double() @ points
+
+    def cost(z: torch.Tensor) -> torch.Tensor:
+        return (torch.tensor(weights).double() * (points - z).norm(dim=1)).sum()
+
+    z = points.mean(0).clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([z], lr=0.5, max_iter=500, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = cost(z)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    torch.testing.assert_close(found, z.detach(), rtol=0, atol=1e-4)
+    # one point that lies however far moves it no further
+    far = points.clone()
+    far[0] *= 1e6
+    moved = torch.tensor(guard.geometric_median(far @ far.T, weights, steps=200)).double() @ far
+    assert float((moved - found).norm()) < 0.05 * float(points[1:].norm(dim=1).mean())
+
+
+@settings(max_examples=20)
+@given(st.lists(st.tuples(st.integers(1, 200), st.integers(1, 9)), min_size=1, max_size=5), st.integers(0, 10**6))
+def test_gram_is_that_of_the_dense_matrices(sizes: list[tuple[int, int]], seed: int) -> None:
+    xs = [factors(2, seed + i, d_out, d_in) for i, (d_out, d_in) in enumerate(sizes)]
+    dense = torch.zeros(len(xs), 200, 9, dtype=torch.float64)
+    for i, x in enumerate(xs):
+        dense[i, : len(x.B), : x.A.shape[1]] = x.B.double() @ x.A.double()
+    flat = dense.flatten(1)
+    torch.testing.assert_close(guard.gram(xs), flat @ flat.T)

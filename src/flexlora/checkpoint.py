@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
@@ -109,7 +110,7 @@ def restore(tree: Any, tensors: Mapping[str, Tensor], prototype: Any) -> Any:
 
     try:
         return walk(tree)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise DamagedError(f"its state does not fit the method: {error}") from None
 
 
@@ -219,9 +220,10 @@ def read_checkpoint(folder: Path, prototype: Any) -> tuple[Any, dict[str, Any]]:
             raise DamagedError(f"{folder / 'state.json'}: does not match its hash")
         if hashlib.sha256(blob).hexdigest() != record["sha256"]:
             raise DamagedError(f"{folder / 'state.safetensors'}: does not match its hash")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        tensors, tree, progress = load_tensors(blob), record["state"], record["progress"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise DamagedError(f"{folder}: cannot be read: {error}") from None
-    return restore(record["state"], load_tensors(blob), prototype), record["progress"]
+    return restore(tree, tensors, prototype), progress
 
 
 def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:

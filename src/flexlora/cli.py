@@ -30,6 +30,7 @@ app = App(
     error_console=err,
     version=lambda: __import__("flexlora").__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # main says how to go on
     default_parameter=Parameter(name_transform=lambda name: name),
 )
 app.command(data_commands)

@@ -14,9 +14,10 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from flexlora import guard, lowrank, privacy, ranks, rundir, sampling, wire
-from flexlora.checkpoint import remove_checkpoints, remove_kept, replace_folder, write_checkpoint
+from flexlora.checkpoint import remove_checkpoints, remove_kept, replace_folder, sync_files, write_checkpoint
 from flexlora.collection import (
     Notify,
     RoundLog,
@@ -118,9 +119,8 @@ def finish_round(setup: Setup, runner: Runner, run: Run, standing: Standing, not
     line["seconds"] = {**seconds, "other": time.perf_counter() - begin - sum(seconds.values())}
     rundir.append_metrics(run.folder, line)
     write_checkpoint(run.checkpoints, number, standing.state, standing.progress(setup))
-    keep = {number, number - 1, standing.best_round or number}
-    remove_checkpoints(run.checkpoints, keep)
-    remove_kept(run.kept, keep)
+    remove_checkpoints(run.checkpoints, standing.needed_rounds)
+    remove_kept(run.kept, standing.needed_rounds)
     notify("saved", {"round": number, "line": line})
     return standing
 
@@ -300,10 +300,12 @@ def save_adapter(setup: Setup, run: Run, adapter: Mapping[str, LowRank], facts: 
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         setup.scorer.save(temporary, adapter, facts)
+        sync_files(temporary)
         replace_folder(temporary, run.adapter)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise FlexLoraError(
-            f"{run.adapter}: cannot be written: {error.strerror or error}; make room or writable, then go on with "
+            f"{run.adapter}: cannot be written: {reason}; make room or writable, then go on with "
             f"`flexlora resume {run.folder}`"
         ) from None

@@ -104,6 +104,9 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
     unknown = set(given) - {"types", "shares", "distribution", "clients"}
     if unknown:
         raise FlexLoraError(f"ranks: unknown key {min(map(str, unknown))}; use types, shares, distribution, clients")
+    for name in ("types", "shares", "clients"):
+        if given.get(name) and not isinstance(given[name], Mapping):
+            raise FlexLoraError(f"ranks: {name} is no map; write `name: value`, one a line")
     default = named_plan("random", lora_r=lora_r, hidden_size=hidden_size).types
     types: dict[str, Mapping[str, int]] = (
         {str(n): _as_type(s, f"type {n}") for n, s in given["types"].items()} if given.get("types") else dict(default)
@@ -111,13 +114,16 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
     shares: dict[str, float] = {}
     if "distribution" in given:
         name = given["distribution"]
-        if name not in DISTRIBUTIONS or len(types) != 4:
+        if not isinstance(name, str) or name not in DISTRIBUTIONS or len(types) != 4:
             known = ", ".join(DISTRIBUTIONS)
             raise FlexLoraError(
                 f"ranks: distribution {name!r} over {len(types)} types; give four types and one of {known}"
             )
         shares = dict(zip(types, DISTRIBUTIONS[name], strict=True))
     if given.get("shares"):
+        for name, share in given["shares"].items():
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+                raise FlexLoraError(f"ranks: the share of {name} is {share!r}; write a number from 0 to 1")
         shares = {str(n): float(s) for n, s in given["shares"].items()}
         stray = set(shares) - set(types)
         if stray:
@@ -126,6 +132,8 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
             raise FlexLoraError(f"ranks: shares sum to {sum(shares.values()):g}; they must be positive and sum to 1")
     clients: dict[int, str] = {}
     for client, spec in (given.get("clients") or {}).items():
+        if not isinstance(client, int) and not str(client).isdecimal():
+            raise FlexLoraError(f"ranks: clients names {client!r}; write the client's number")
         if isinstance(spec, str):
             if spec not in types:
                 raise FlexLoraError(f"ranks: client {client} has type {spec}, which is not among {', '.join(types)}")

@@ -17,6 +17,7 @@ from flexlora.checkpoint import (
     read_checkpoint,
     recover_folder,
     remove_checkpoints,
+    remove_kept,
 )
 from flexlora.collection import Notify
 from flexlora.config import Config
@@ -80,6 +81,11 @@ class Standing:
     """Norms of the accepted increments by kind of round, for the guard."""
     energy: Mapping[str, float] = field(default_factory=dict)
     """Label of each distinct ranks -> share of ‖W‖² beyond them."""
+
+    @property
+    def needed_rounds(self) -> set[int]:
+        """Rounds whose checkpoints stay: the last two and the best."""
+        return {self.round, self.round - 1, self.best_round or self.round}
 
     def progress(self, setup: Setup) -> dict[str, Any]:
         kinds: list[Ranks] = list(ranks.distinct(self.table.values()))
@@ -195,7 +201,9 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     lost = standing.round - len(run.metrics)
     if lost:
         notify("note", {"text": f"{run.folder / 'metrics.jsonl'}: {lost} lines were damaged and are gone"})
-    remove_checkpoints(run.checkpoints, {r for r in rounds if r <= standing.round})
+    # As after a round: the process may have been killed before it came to that.
+    remove_checkpoints(run.checkpoints, standing.needed_rounds)
+    remove_kept(run.kept, standing.needed_rounds)
     return standing
 
 
