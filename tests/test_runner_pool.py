@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +195,37 @@ def test_workers_give_the_bits_of_this_process_though_one_is_killed(tiny: tuple[
         runner.close()
         torch.set_num_threads(threads)
     assert all(slot.process.returncode is not None for slot in slots)
+
+
+MAPPED = """
+import re, sys
+from pathlib import Path
+from flexlora import Config
+from flexlora.client import load
+
+def anonymous():
+    return int(re.search(r"Anonymous: +([0-9]+)", Path("/proc/self/smaps_rollup").read_text())[1]) * 1024
+
+load(Config(model=sys.argv[1]))  # what is loaded once whatever the model is
+before = anonymous()
+model = load(Config(model=sys.argv[2]))
+total = sum(float(p.sum()) for p in model.network.parameters())  # every page is touched
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_base_weights_are_mapped_from_their_file_so_that_workers_share_them(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 512, "num_hidden_layers": 4, "intermediate_size": 2048, "num_attention_heads": 8}
+    model = tiny_model(tmp_path / "model", num_key_value_heads=8, **sizes)
+    weights = (model / "model.safetensors").stat().st_size
+    assert weights > 60e6
+    done = subprocess.run(
+        [sys.executable, "-c", MAPPED, str(tiny[0]), str(model)], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 0.2 * weights
 
 
 def test_a_worker_that_cannot_open_its_data_says_so(tiny: tuple[Path, Path], tmp_path: Path) -> None:

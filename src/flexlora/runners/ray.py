@@ -23,6 +23,7 @@ from flexlora.types import FlexLoraError, LocalTraining
 from flexlora.wire import Parcel
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine needs more than Ray's default
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import RayError
@@ -36,10 +37,11 @@ def ray_runner(config: Config, kept: Path, clients: Sequence[int], settings: Loc
         place |= {"num_cpus": config.workers * threads, "include_dashboard": False}
     try:
         ray.init(**place, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises bare Exceptions here
+        where = config.ray_address or "a Ray on this machine"
         raise FlexLoraError(
-            f"ray_address: {config.ray_address} cannot be reached ({' '.join(str(error).split())[:200]}); "
-            "start Ray there, or leave the key out to use this machine"
+            f"ray_address: {where} cannot be reached ({' '.join(str(error).split())[:200]}); "
+            "check the address, or choose --runner local"
         ) from None
     recipe = Recipe(config, kept.resolve(), threads)
     return RayRunner(
