@@ -195,3 +195,14 @@ def test_the_real_federations_are_read(tmp_path: Path):
     assert len(federation.validation_sample(64, 42)) == 64
     assert len(federation.fingerprint()["sha256"]) == 64
     assert sum(len(federation.train(client)) for client in range(0, 1613, 10)) == 1194  # every tenth
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "places"), [(10, 5, [0, 2, 4, 6, 8]), (3, 5, [0, 1, 2]), (4, None, [0, 1, 2, 3])]
+)
+def test_spread_keeps_every_part(count: int, most: int | None, places: list[int]) -> None:
+    from flexlora.data.federation import spread
+    from flexlora.data.records import Record
+
+    records = [Record(str(i), "", "x") for i in range(count)]
+    assert [int(r.instruction) for r in spread(records, most)] == places

@@ -220,10 +220,11 @@ def evaluate(
     from json import dumps
 
     from flexlora import trained
+    from flexlora.data.federation import spread
     from flexlora.rundir import write_text
     from flexlora.tables import scores_table
 
-    records = trained.records_of(data, split)[:examples]
+    records = spread(trained.records_of(data, split), examples)
     changes = given({"max_new_tokens": max_new_tokens, "prompt_template": prompt_template, "cache_dir": cache_dir})
     opened = trained.open_trained(target, changes)
     with out.status("generating answers") as status:

@@ -131,7 +131,7 @@ class Config(BaseModel):
     """At most that many held-out examples; null: all."""
     max_new_tokens: int = key(64, "Evaluation", ge=1)
     """Tokens generated for one answer, at most."""
-    eval_batch_size: int = key(16, "Evaluation", ge=1)
+    eval_batch_size: int = key(32, "Evaluation", ge=1)
     """Examples of one batch in evaluation."""
     validation_examples: int = key(128, "Evaluation", ge=1)
     """Size of the fixed sample of the clients' local_eval files that early stop and the best round look at."""

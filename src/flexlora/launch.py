@@ -16,7 +16,7 @@ from flexlora.card import model_card
 from flexlora.client import Site, load
 from flexlora.collection import Notify
 from flexlora.config import Config
-from flexlora.data.federation import Federation, open_federation
+from flexlora.data.federation import Federation, open_federation, spread
 from flexlora.engine import Runner, run_rounds
 from flexlora.methods import get_method, method_entry
 from flexlora.modeling import Model, load_adapter
@@ -220,11 +220,16 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     federation = open_federation(config.data, config.num_clients)
     mechanism = mechanism_of(config, len(federation))
     refuse_few(config, len(federation))
+    if config.eval_every and config.max_new_tokens >= config.cutoff_len:
+        raise FlexLoraError(
+            f"max_new_tokens {config.max_new_tokens} leaves no prompt within cutoff_len {config.cutoff_len}: "
+            "raise --cutoff_len or lower --max_new_tokens"
+        )
     load_template(config.prompt_template if config.prompt_template != "auto" else "alpaca")
     # Sizes of the types do not matter yet: this only asks whether they differ.
     refuse_unequal(config, method, ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=0))
     validation = federation.validation_sample(config.validation_examples, config.seed)
-    held_out = federation.global_test()[: config.eval_examples]
+    held_out = spread(federation.global_test(), config.eval_examples)
     check_schedule(config, federation)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)

@@ -207,6 +207,7 @@ def spectrum_table(found: Mapping[str, Tensor], energy: float) -> tuple[Table, i
 def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
     """For each block of examples, by family and overall: ROUGE-L and loss of the base and the federated model."""
     table = _table("", "examples", "ROUGE-L base", "federated", "loss base", "federated")
+    table.columns[0].no_wrap = True
     for title, pair in blocks.items():
         base, federated = pair["base"], pair["federated"]
         table.add_row(
@@ -225,8 +226,9 @@ def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
 
 
 def demo_clients_table(run: Run, federation: Federation) -> Table:
-    """Who took part: family, ranks, examples, and bytes over all rounds."""
-    table = _table("client", "family", "rank", "examples", "sent", "received", "first loss", "last loss")
+    """Who took part: family, ranks, examples, bytes over all rounds, train loss in the first and the last one."""
+    table = _table("client", "family", "rank", "examples", "sent", "received", "loss", "→")
+    table.columns[1].justify, table.columns[1].no_wrap = "left", True
     rows: dict[int, list[dict[str, Any]]] = {}
     for line in run.metrics:
         for client in line["clients"]:

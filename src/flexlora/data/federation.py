@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,13 @@ _FILE = re.compile(r"local_(training|eval|test)_(0|[1-9]\d*)\.json")
 def permutation(n: int, seed: int, *purpose: str | int) -> list[int]:
     """0 … n-1 in an order that follows from the seed alone, on every machine and Python."""
     return sorted(range(n), key=lambda i: derive(seed, *purpose, i))
+
+
+def spread(records: Sequence[Record], most: int | None) -> list[Record]:
+    """At most `most` records, evenly spaced over all of them, so that every task keeps its share; None: all."""
+    if most is None or most >= len(records):
+        return list(records)
+    return [records[i * len(records) // most] for i in range(most)]
 
 
 class Federation:
