@@ -344,7 +344,7 @@ def test_told_to_stop_it_says_how_to_go_on(lab: Lab, name: str) -> None:
     program = "import sys; from flexlora.cli import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", program, "run", "--quiet", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (folder / "metrics.jsonl").is_file():
+        while not (folder / "metrics.jsonl").is_file() or not read_metrics(folder):
             assert process.poll() is None
             time.sleep(0.01)
         process.send_signal(getattr(signal, name))

@@ -77,17 +77,10 @@ class Runner(Protocol):
 def run_rounds(setup: Setup, runner: Runner, run: Run, standing: Standing, notify: Notify) -> Run:
     """Play rounds until the last one, an early stop, or too few answers. The caller holds the run folder.
 
-    Raises FlexLoraError where too few clients answer or the disk refuses; the state of the last finished round is
-    saved then.
+    Raises FlexLoraError where too few clients answer; the state of the last finished round is saved then.
     """
     while standing.round < setup.config.rounds and not standing.stopped:
-        try:
-            standing = finish_round(setup, runner, run, standing, notify)
-        except OSError as error:
-            raise FlexLoraError(
-                f"{error.filename or run.folder}: cannot be written: {error.strerror or error}; make room or writable, "
-                f"then go on with `flexlora resume {run.folder}`"
-            ) from None
+        standing = finish_round(setup, runner, run, standing, notify)
     notify("stop", {"round": standing.round, "reason": standing.stopped or "last round", "folder": run.folder})
     return run
 

@@ -276,7 +276,7 @@ def geometric_median(gram: Tensor, weights: Sequence[float], steps: int = 50) ->
     alpha = torch.tensor(weights, dtype=torch.float64)
     alpha /= alpha.sum()
     beta = alpha
-    smallest = 1e-6 * float(gram.diagonal().max().sqrt())  # ν
+    smallest = 1e-6 * float(gram.diagonal().median().sqrt())  # ν
     for _ in range(steps):
         squares = gram.diagonal() - 2 * gram @ beta + beta @ gram @ beta
         beta = alpha / squares.clamp(min=0).sqrt().clamp(min=max(smallest, 1e-300))

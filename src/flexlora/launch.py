@@ -22,7 +22,7 @@ from flexlora.methods import get_method, method_entry
 from flexlora.modeling import Model, load_adapter
 from flexlora.prompts import Template, TokenCache, load_template
 from flexlora.ranks import RankPlan
-from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, write_text
+from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, resumable, write_text
 from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
@@ -81,20 +81,17 @@ class Session:
 
 def play(session: Session, run: Run, at: int | None, notify: Notify) -> Run:
     """Score the base model if that was not done, then the rounds that are left."""
-    standing = last_standing(session.setup, run, notify, at)
-    notify(
-        "start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": session.setup.config.rounds}
-    )
-    if not run.base:
-        scores = {"validation": session.scorer.validate({}), "eval": {}}
-        if session.setup.config.eval_every:
-            scores["eval"] = {k: v for k, v in session.scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
-        write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
-    notify("base", run.base)
-    try:
-        return run_rounds(session.setup, session.runner, run, standing, notify)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(str(run.folder)) from None
+    setup, scorer = session.setup, session.scorer
+    with resumable(run.folder):
+        standing = last_standing(setup, run, notify, at)
+        notify("start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": setup.config.rounds})
+        if not run.base:
+            scores = {"validation": scorer.validate({}), "eval": {}}
+            if setup.config.eval_every:
+                scores["eval"] = {k: v for k, v in scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
+            write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
+        notify("base", run.base)
+        return run_rounds(setup, session.runner, run, standing, notify)
 
 
 def run_folder(config: Config) -> Path:

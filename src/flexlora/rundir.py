@@ -112,6 +112,20 @@ def exclusive(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Inside, a stop says where to go on, and a disk that refuses is a line: KeyboardInterrupt(folder), FlexLoraError."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(str(folder)) from None
+    except OSError as error:
+        raise FlexLoraError(
+            f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or writable, then "
+            f"go on with `flexlora resume {folder}`"
+        ) from None
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
