@@ -23,7 +23,7 @@ pytestmark = pytest.mark.federation
 
 RANKS = (2, 3, 8)
 KEYS: dict[str, Any] = {"rounds": 2, "lora_dropout": 0.1, "eval_every": 0, "early_stop": False}
-LONG = 600
+LONG = 1200
 
 
 def local(model: Path, data: Path, folder: Path, **keys: Any) -> Path:
