@@ -145,7 +145,8 @@ class Config(BaseModel):
     robust: bool = key(False, "Trust")
     """Bound what one client can do: in each round increments and weights are cut to their medians over the clients."""
     dp_noise: float | None = key(None, "Trust", gt=0)
-    """Client-level differential privacy: standard deviation of the noise in multiples of dp_clip; null: none."""
+    """Client-level differential privacy (ffa, flexlora, flexlora-carry): standard deviation of the noise in multiples of dp_clip;
+    there is no early stop then, and the adapter is the last round's. null: none."""
     dp_clip: float = key(1.0, "Trust", gt=0)
     """Differential privacy: the norm to which a client's whole increment is clipped."""
     dp_delta: float | None = key(None, "Trust", gt=0, lt=1)
