@@ -173,7 +173,7 @@ def _kept_file(site: Site, client: int, round: int) -> Path:
 
 
 def with_kept(site: Site, client: int, round: int, download: Download) -> Download:
-    """The download with the parts that this client kept from its last round before `round`, where they still fit."""
+    """The download with the parts that this client kept from its last round before `round`, cut or zero-padded to its rank of now."""
     if not download.rule.keep:
         return download
     files = sorted((site.kept / str(client)).glob("round-*.safetensors"))
@@ -185,9 +185,16 @@ def with_kept(site: Site, client: int, round: int, download: Download) -> Downlo
     for module, parts in kept.items():
         origin = adapter.get(module)
         if isinstance(origin, LowRank):
-            fitting = {part: t for part, t in parts.items() if t.shape == getattr(origin, part).shape}
-            adapter[module] = origin._replace(**fitting)
+            adapter[module] = origin._replace(**{part: _resized(t, getattr(origin, part)) for part, t in parts.items()})
     return replace(download, adapter=adapter)
+
+
+def _resized(kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """What was kept, at the rank that the client has now: its first directions, zero where it had fewer."""
+    now = torch.zeros_like(like)
+    rows, columns = (min(a, b) for a, b in zip(kept.shape, like.shape, strict=True))
+    now[:rows, :columns] = kept[:rows, :columns]
+    return now
 
 
 def keep(site: Site, client: int, round: int, adapter: Adapter, parts: tuple[str, ...]) -> None:
