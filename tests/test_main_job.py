@@ -314,6 +314,27 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_prompts_that_are_cut_are_counted_and_told(tiny, tmp_path: Path, command) -> None:
+    words = ["run", "--model", str(tiny[0]), "--data", str(tiny[1]), "--rounds", "2", "--participation", "1"]
+    more = [
+        "--cutoff_len",
+        "40",
+        "--eval_every",
+        "0",
+        "--validation_examples",
+        "2",
+        "--output_dir",
+        str(tmp_path),
+        "--name",
+        "r",
+    ]
+    done = command(*words, *more)
+    assert done.returncode == 0, done.stderr
+    clients = Run(tmp_path / "r").metrics[0]["clients"]
+    assert all(0 < c["cut_examples"] <= c["examples"] and c["cut"] >= c["cut_examples"] for c in clients)
+    assert done.stdout.count("prompts were cut to fit cutoff_len") == len(clients)
+
+
 def test_a_taken_name_is_refused(finished: Run, tiny) -> None:
     with pytest.raises(FlexLoraError, match="a run stands there already"):
         run(finished.config)

@@ -53,6 +53,8 @@ class Display:
         self.console, self.progress = console, progress
         self.bar = progress.add_task("starting", total=None, rate="", score="") if progress else None
         self.tokens, self.seconds = 0.0, 0.0
+        self.cut: set[int] = set()
+        """Clients of which it was said that prompts were cut."""
 
     def __call__(self, event: str, facts: Mapping[str, Any]) -> None:
         getattr(self, f"on_{event}", lambda facts: None)(facts)
@@ -98,6 +100,10 @@ class Display:
         self.answered += 1
         if "failed" in record:
             self.say(f"client {record['id']}: {record['failed']}", "yellow")
+        if record.get("cut_examples") and record["id"] not in self.cut:
+            self.cut.add(record["id"])
+            cut, examples = int(record["cut_examples"]), record["examples"]
+            self.say(f"client {record['id']}: {cut} of {examples} prompts were cut to fit cutoff_len", "dim")
         self.tokens += record.get("tokens") or 0
         self.seconds += record.get("seconds") or 0
         self.show(

@@ -179,6 +179,7 @@ def train_client(
         "tokens": training.epochs * sum(len(x.input_ids) for x in examples),
         "label_tokens": training.epochs * sum(labels),
         "cut": sum(x.cut for x in examples),
+        "cut_examples": sum(x.cut > 0 for x in examples),
         "seconds": time.perf_counter() - start,
     }
     return ClientUpdate(task.client, float(len(examples)), adapter, scaling=scales, metrics=metrics)

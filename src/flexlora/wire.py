@@ -44,6 +44,7 @@ METRICS = (
     "tokens",
     "label_tokens",
     "cut",
+    "cut_examples",
     "seconds",
 )
 """What a client may say of its training; other names are dropped on arrival."""
