@@ -441,9 +441,26 @@ def methods() -> None:
 
 @app.command
 def ranks(
-    name: str = "random", /, *, clients: int = 20, hidden_size: int = 2048, lora_r: int = 8, seed: int = 42
+    name: str = "random",
+    /,
+    *,
+    clients: int = 20,
+    hidden_size: int = 2048,
+    lora_r: int = 8,
+    seed: int = 42,
+    model: str | None = None,
+    memory: str | None = None,
+    micro_batch_size: int = 2,
+    cutoff_len: int = 512,
+    cache_dir: Path | None = None,
 ) -> None:
-    """Show a rank distribution: its types, their shares, and who would get which.
+    """Show a rank distribution: its types, their shares, and who would get which. With --model, the memory that each needs.
+
+    Examples:
+
+        flexlora ranks heavy_tail --clients 100
+
+        flexlora ranks --model smollm2 --memory 4GB --cutoff_len 256
 
     Parameters
     ----------
@@ -452,16 +469,44 @@ def ranks(
     clients
         Number of clients.
     hidden_size
-        Hidden size of the model; below 1,024 the ranks are scaled down.
+        Hidden size of the model; below 1,024 the ranks are scaled down. --model tells it by itself.
     lora_r
         Rank where the distribution is homo.
     seed
         Seed of the assignment.
+    model
+        Estimate the memory of training this model; only its config.json is read.
+    memory
+        What a client can spend, e.g. 8GB: names the largest rank type that fits.
+    micro_batch_size
+        As the key of `flexlora run`.
+    cutoff_len
+        As the key of `flexlora run`; the estimate takes every example to be that long.
+    cache_dir
+        Where converted models are kept.
     """
     from flexlora.ranks import read_plan
     from flexlora.tables import ranks_table
 
-    out.print(ranks_table(read_plan(name, lora_r=lora_r, hidden_size=hidden_size), clients, seed))
+    if model is None:
+        if memory is not None:
+            raise FlexLoraError("memory: of which model? name it with --model")
+        out.print(ranks_table(read_plan(name, lora_r=lora_r, hidden_size=hidden_size), clients, seed))
+        _next(f"flexlora run --ranks {name} …")
+        return
+    from flexlora.memory import Workload, affordable, read_bytes, type_memories
+    from flexlora.modeling import empty_model
+    from flexlora.tables import memory_table
+
+    budget = None if memory is None else read_bytes(memory)
+    empty = empty_model(model, cache_dir=cache_dir)
+    plan = read_plan(name, lora_r=lora_r, hidden_size=empty.hidden_size)
+    needed = type_memories(empty, plan, Workload(micro_batch_size, cutoff_len))
+    out.print(memory_table(plan, needed, budget))
+    if budget is not None:
+        best = affordable(needed, budget)
+        remedy = "none: try a smaller --micro_batch_size or --cutoff_len"
+        out.print(f"largest that fits {memory}: {best or remedy}", markup=False)
     _next(f"flexlora run --ranks {name} …")
 
 

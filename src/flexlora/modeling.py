@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,8 +49,6 @@ class Model:
         self.name = name
         network.requires_grad_(False)
         network.eval()
-        self.fingerprint: str = _fingerprint(network)
-        """Hash of the base weights (a sample of every tensor): the same for the same model in float32 and bfloat16."""
         self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
@@ -57,6 +56,11 @@ class Model:
         """Whether `read_prefix` is exact for this architecture."""
         self._keep: Tensor | None = None
         network.get_output_embeddings().register_forward_pre_hook(self._select)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the base weights (a sample of every tensor): the same for the same model in float32 and bfloat16."""
+        return _fingerprint(self.network)
 
     @property
     def hidden_size(self) -> int:
@@ -223,13 +227,7 @@ def load_model(
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        source = name
-        if name == "smollm2":
-            source = str(gguf.converted(gguf.smollm2_file(), cache_dir))
-        elif name.endswith(".gguf"):
-            if not Path(name).is_file():
-                raise FlexLoraError(f"--model {name}: there is no such file")
-            source = str(gguf.converted(Path(name), cache_dir))
+        source = _source(name, cache_dir)
         where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
         tokenizer: Any = AutoTokenizer.from_pretrained(**where)
         network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
@@ -246,6 +244,49 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # what generation needs; training pads by itself
     return Model(network.to(place), tokenizer, name=name, targets=targets)
+
+
+def _source(name: str, cache_dir: Path | None) -> str:
+    """What transformers can open: GGUF files are converted first."""
+    if name == "smollm2":
+        return str(gguf.converted(gguf.smollm2_file(), cache_dir))
+    if name.endswith(".gguf"):
+        if not Path(name).is_file():
+            raise FlexLoraError(f"--model {name}: there is no such file")
+        return str(gguf.converted(Path(name), cache_dir))
+    return name
+
+
+def empty_model(
+    name: str,
+    *,
+    targets: Sequence[str] = SEVEN_PROJECTIONS,
+    cache_dir: Path | None = None,
+    precision: str = "auto",
+    trust_remote_code: bool = False,
+) -> Model:
+    """The model of `load_model` on the CPU without tokenizer, of fake tensors: they have shapes and take no memory.
+
+    Only its config.json is read. auto: float32. It runs inside the fake mode that its tensors belong to.
+    Raises FlexLoraError where there is no config.json.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(_source(name, cache_dir), trust_remote_code=trust_remote_code)
+        with FakeTensorMode():
+            network = AutoModelForCausalLM.from_config(
+                config,
+                dtype=DTYPES["float32" if precision == "auto" else precision],
+                trust_remote_code=trust_remote_code,
+            )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FlexLoraError(
+            f"--model {name}: cannot be read ({reason}); give a folder with config.json, or smollm2"
+        ) from error
+    return Model(network, None, name=name, targets=targets)
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

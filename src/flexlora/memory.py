@@ -1,0 +1,143 @@
+"""How much memory a client needs to train at given ranks, and the largest ranks that it can afford.
+
+Nothing is guessed from formulas of an architecture: one forward pass of the real network runs on fake tensors, which
+have shapes and no data, and what autograd keeps for the backward pass is added up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexlora.modeling import Model
+from flexlora.ranks import RankPlan, resolve
+from flexlora.types import FlexLoraError, LowRank, Ranks
+
+ADAPTER_COPIES = 3
+"""What was sent, what is trained, and what is read off in the end."""
+
+PROCESS = 420 * 2**20
+"""Bytes of a Python process with torch and transformers in it, on the CPU, measured."""
+
+LOSS_COPIES = 2
+"""Logits-sized gradients at the start of the backward pass: of the log likelihoods, and of the logits."""
+
+LOST = 0.1
+"""Share of the activations that the allocator loses between blocks, measured (benchmarks/memory.py)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of local training, by what they are for."""
+
+    weights: int
+    adapters: int
+    """Factors in float32, with the copies of what was sent and what is sent back, and their gradients."""
+    optimizer: int
+    activations: int
+    """What a forward pass keeps for the backward pass, and the first gradients of it, of one micro-batch."""
+    process: int = PROCESS
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.optimizer + self.activations + self.process
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What decides the memory of local training besides model and ranks; keys as in the configuration."""
+
+    micro_batch_size: int = 2
+    cutoff_len: int = 512
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    dropout: float = 0.05
+
+
+def training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
+    """The peak while a client trains at `ranks`: every example of `cutoff_len` tokens, each of them a label.
+
+    `model` is one of `flexlora.modeling.empty_model`; it is bare again afterwards.
+    """
+    mode: Any = next(model.network.parameters()).fake_mode  # pyright: ignore[reportAttributeAccessIssue]
+    with mode:
+        return _training_memory(model, ranks, work)
+
+
+def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
+    adapter = {
+        module: LowRank(torch.empty(d_out, ranks[module]), torch.empty(ranks[module], d_in))
+        for module, (d_out, d_in) in model.shapes.items()
+        if module in ranks
+    }
+    model.attach(adapter, dropout=work.dropout, train=("A", "B"))
+    model.network.train()
+    try:
+        kept, logits = _kept(model, work)
+    finally:
+        model.network.eval()
+        model.detach()
+    factors = sum(x.numel() * 4 for pair in adapter.values() for x in pair)
+    weights = sum(x.numel() * x.element_size() for x in {id(p): p for p in model.network.parameters()}.values())
+    return Memory(
+        weights=weights,
+        adapters=(ADAPTER_COPIES + 1) * factors,
+        optimizer=2 * factors if work.optimizer == "adamw" else 0,
+        # The backward pass begins with the gradient of the logits, while all else is still there.
+        activations=round((1 + LOST) * kept) + LOSS_COPIES * logits,
+    )
+
+
+def _kept(model: Model, work: Workload) -> tuple[int, int]:
+    """(bytes that autograd keeps for one micro-batch, bytes of its logits in float32); weights are not counted."""
+    tokens = work.micro_batch_size * work.cutoff_len
+    ids = torch.zeros(work.micro_batch_size, work.cutoff_len, dtype=torch.long)
+    # The last token of an example predicts nothing; it is left in for a round figure.
+    everything = torch.arange(tokens)
+    own = {x.untyped_storage()._cdata for x in model.network.parameters()} | {
+        x.untyped_storage()._cdata for x in model.trainable()
+    }
+    held: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        key = x.untyped_storage()._cdata
+        if key not in own:
+            held[key] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        logits = model.logits(ids, everything)
+        loss = F.cross_entropy(logits.float(), torch.zeros(tokens, dtype=torch.long), reduction="sum")
+    del loss
+    return sum(x.untyped_storage().nbytes() for x in held.values()), logits.numel() * 4
+
+
+def type_memories(model: Model, plan: RankPlan, work: Workload) -> dict[str, Memory]:
+    """Rank type -> what it needs, smallest first."""
+    needed = {name: training_memory(model, resolve(rows, model.shapes)[0], work) for name, rows in plan.types.items()}
+    return dict(sorted(needed.items(), key=lambda pair: pair[1].total))
+
+
+def affordable(memories: Mapping[str, Memory], budget: int) -> str | None:
+    """The name of the largest that fits `budget` bytes; `memories` go from small to large. None: not even the first."""
+    return next((name for name in reversed(list(memories)) if memories[name].total <= budget), None)
+
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def read_bytes(text: Any) -> int:
+    """Bytes of a size for people: 8GB, 8 GiB, 500M, 1.5g, or plain bytes. Raises FlexLoraError where it is no size."""
+    plain = str(text).strip().upper().removesuffix("B").removesuffix("I").strip()
+    unit = plain[-1:] if plain[-1:] in UNITS and not plain[-1:].isdigit() else ""
+    try:
+        size = float(plain.removesuffix(unit)) * UNITS[unit]
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise FlexLoraError(f"memory: {text!r} is no size; write one as 8GB or 500MB")
+    return int(size)

@@ -1,0 +1,99 @@
+"""The documentation: generated pages are up to date, the site builds, and every command in it runs or says why not."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flexlora.cli import main
+from tiny import tiny_model
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
+FAST = {"--max_new_tokens": "4", "--validation_examples": "4", "--cutoff_len": "64"}
+MOST_ROUNDS = 2
+BLOCK = re.compile(
+    r"(?:<!-- not run(?: by the tests)?: (?P<reason>[^\n]+) -->\n)?```(?:sh|bash|shell)\n(?P<text>.*?)```", re.DOTALL
+)
+
+
+def blocks(page: Path) -> list[tuple[str | None, list[str]]]:
+    """(why it is not run or None, its commands) of every shell block of a page."""
+    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
+    return [
+        (m["reason"], [line for line in m["text"].replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"])
+        for m in found
+    ]
+
+
+def quick(words: list[str], model: Path) -> list[str]:
+    """The same command on the tiny model, with fewer rounds and tokens."""
+    words = [str(model) if word == "smollm2" else word for word in words]
+    if words[0] == "run":
+        words += [] if "--model" in words else ["--model", str(model)]
+        words += [part for pair in FAST.items() for part in pair if pair[0] not in words]
+    if "--rounds" in words and words[0] == "run":
+        at = words.index("--rounds") + 1
+        words[at] = str(min(MOST_ROUNDS, int(words[at])))
+    return words
+
+
+def write_files(folder: Path) -> None:
+    """What the pages take for granted: `dolly.jsonl`, and a federation in `data` where the page does not make one."""
+    kinds = {"closed_qa": "Answer", "summarization": "Sum up", "brainstorming": "Think of"}
+    lines = [
+        {"instruction": f"{verb} number {i}", "context": "", "response": f"It is {i}", "category": kind}
+        for kind, verb in kinds.items()
+        for i in range(60)
+    ]
+    (folder / "dolly.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("docs") / "model")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run_in_the_order_of_the_page(
+    page: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    todo = [line for reason, lines in blocks(page) if reason is None for line in lines]
+    if todo:
+        write_files(tmp_path)
+        if not any("data partition" in line for line in todo):
+            main(["data", "partition", "dolly.jsonl", "--clients", "8", "--by", "dirichlet:0.5", "--out", "data"])
+    for line in todo:
+        words = shlex.split(line, comments=True)
+        assert words[0] == "flexlora", f"{page.name}: {line!r} is no flexlora command: say why it is not run"
+        with contextlib.redirect_stdout(io.StringIO()):
+            try:
+                main(quick(words[1:], model))
+            except SystemExit as end:
+                pytest.fail(f"{page.name}: {line!r} ends with {end.code}")
+
+
+@pytest.mark.parametrize("name", ["reference", "pictures"])
+def test_what_the_code_writes_is_up_to_date(name: str) -> None:
+    script = runpy.run_path(str(DOCS / f"{name}.py"))
+    for path, text in script["pages" if name == "reference" else "pictures"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is old: run python docs/{name}.py"
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "tutorial" / "index.html").is_file()
