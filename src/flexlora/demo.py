@@ -34,7 +34,7 @@ RANKS: dict[str, Any] = {
 
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
-    "rounds": 6,
+    "rounds": 4,
     "participation": 1.0,
     "method": "flexlora",
     "baseline": "fedit",
