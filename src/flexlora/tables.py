@@ -238,8 +238,8 @@ def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
 
 
 def demo_clients_table(run: Run, federation: Federation) -> Table:
-    """Who took part: family, ranks, examples, bytes over all rounds, train loss in the first and the last one."""
-    table = _table("client", "family", "rank", "examples", "sent", "received", "loss", "→")
+    """Who took part: family, ranks, examples, megabytes over all rounds, train loss in the first and the last one."""
+    table = _table("", "client", "rank", "examples", "MB sent", "MB got", "loss first", "last")
     table.columns[1].justify, table.columns[1].no_wrap = "left", True
     rows: dict[int, list[dict[str, Any]]] = {}
     for line in run.metrics:
@@ -251,8 +251,8 @@ def demo_clients_table(run: Run, federation: Federation) -> Table:
             federation.train(number)[0].category,
             records[-1]["ranks"],
             str(records[-1]["examples"]),
-            megabytes(sum(r["bytes_up"] for r in records)),
-            megabytes(sum(r["bytes_down"] for r in records)),
+            f"{sum(r['bytes_up'] for r in records) / 1e6:.1f}",
+            f"{sum(r['bytes_down'] for r in records) / 1e6:.1f}",
             shown(records[0]["loss"]),
             shown(records[-1]["loss"]),
         )
