@@ -26,7 +26,6 @@ test-faults: $(READY)      ## twenty kills and ten thousand bad inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults
 
 test-federation: $(READY)  ## real federations on loopback: TLS, keys, dead sites
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower,ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m federation
 
 check: $(READY)            ## format, lint, types
@@ -39,7 +38,6 @@ format: $(READY)           ## put the code into its format
 	$(BIN)/ruff check --fix .
 
 docs: $(READY)             ## build the documentation site into site/
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	$(BIN)/mkdocs build --strict
 
 bench: $(READY)            ## aggregation against what a user would pick instead
