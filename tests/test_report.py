@@ -212,3 +212,16 @@ def test_a_browser_draws_every_chart_without_a_console_error(runs: list[Run], se
             re.search(r'class="(point|trace bars|js-line|scatterlayer mlayer)"? ?[^>]*><', chart) or "<path" in chart
         ), name
         assert re.search(r'<path class="(js-line|point)', chart) or 'class="point"' in chart, name
+
+
+def test_answers_that_the_demo_scored_are_drawn(runs: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(runs[0].folder, folder)
+    pair = {
+        who: {"rougeL": x, "per_category": {"copy": {"rougeL": x / 2}}}
+        for who, x in (("base", 0.2), ("federated", 0.6))
+    }
+    (folder / "answers.json").write_text(json.dumps({"own": pair}))
+    chart = charts.score_charts(open_run(folder))[0]
+    assert chart.title == "Answers: own"
+    assert [(t["x"], t["y"]) for t in chart.traces] == [(["all", "copy"], [0.2, 0.1]), (["all", "copy"], [0.6, 0.3])]

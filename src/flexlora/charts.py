@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,12 +85,36 @@ def score_charts(run: Run) -> list[Chart]:
     first, base_loss = base.get("eval") or {}, (base.get("validation") or {}).get("loss")
     return drawn(
         [
+            *_answers(run),
             _rouge(scored, first, rounds),
             _losses(lines, first.get("loss"), base_loss),
             _categories(run, scored, first),
             _loss_by_rank(scored),
         ]
     )
+
+
+def _answers(run: Run) -> list[Chart]:
+    """ROUGE-L of the base and the federated model on each block of examples that the demo scored after its last round."""
+    path = run.folder / "answers.json"
+    charts = []
+    for title, pair in (json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}).items():
+        names = ["all", *pair["base"]["per_category"]]
+        traces = [
+            {
+                "type": "bar",
+                "name": f"{who} model",
+                "x": [safe(name) for name in names],
+                "y": [pair[who]["rougeL"], *(part["rougeL"] for part in pair[who]["per_category"].values())],
+                "marker": {"color": COLOURS[colour]},
+            }
+            for who, colour in (("base", 9), ("federated", 0))
+        ]
+        layout = axes("", "ROUGE-L", barmode="group", yaxis_rangemode="tozero")
+        charts.append(
+            Chart(f"Answers: {title}", "Generated answers against their references, by family.", traces, layout)
+        )
+    return charts
 
 
 def _rouge(scored: Sequence[Mapping[str, Any]], first: Mapping[str, Any], rounds: Sequence[int]) -> Chart:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from flexlora.display import display
 from flexlora.evaluation import Scores
 from flexlora.launch import run as launch
 from flexlora.report import write_report
-from flexlora.rundir import Run
+from flexlora.rundir import Run, write_text
 from flexlora.tables import demo_clients_table, demo_scores_table
 from flexlora.trained import open_trained, score
 from flexlora.types import FlexLoraError
@@ -79,6 +80,8 @@ def demo(
             before = score(trained, records)
             trained.model.attach(trained.adapter)
             blocks[title] = {"base": before, "federated": score(trained, records)}
+    answers = {title: {who: scores.summary() for who, scores in pair.items()} for title, pair in blocks.items()}
+    write_text(done.folder / "answers.json", json.dumps(answers, indent=2) + "\n")
     console.print(demo_scores_table(blocks))
     console.print()
     console.print(demo_clients_table(done, federation))

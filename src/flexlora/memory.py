@@ -27,7 +27,7 @@ PROCESS = 420 * 2**20
 LOSS_COPIES = 2
 """Logits-sized gradients at the start of the backward pass: of the log likelihoods, and of the logits."""
 
-LOST = 0.1
+LOST = 0.15
 """Share of the activations that the allocator loses between blocks, measured (benchmarks/memory.py)."""
 
 

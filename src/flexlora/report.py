@@ -69,7 +69,7 @@ def run_page(run: Run) -> str:
 
 
 def _no_scores(run: Run) -> str:
-    scored = any(m["eval"] for m in run.metrics)
+    scored = any(m["eval"] for m in run.metrics) or (run.folder / "answers.json").is_file()
     return "" if scored else "No held-out scores: the key eval_every was 0, or the data have no global_test.json."
 
 
