@@ -15,7 +15,7 @@ from torch import Tensor
 from flexlora.data.federation import Federation
 from flexlora.evaluation import Scores
 from flexlora.memory import Memory
-from flexlora.ranks import REST, RankPlan
+from flexlora.ranks import REST, RankPlan, label
 from flexlora.rundir import Run, open_run
 from flexlora.spectrum import advised_ranks, beyond, by_kind, rank_for
 
@@ -183,11 +183,13 @@ def ranks_table(plan: RankPlan, clients: int, seed: int) -> Table:
 def memory_table(plan: RankPlan, needed: Mapping[str, Memory], budget: int | None) -> Table:
     """What each rank type needs at the peak of local training on the CPU, in MB, and whether it fits."""
     fits = [] if budget is None else ["fits"]
-    table = _table("type", "ranks", "weights", "adapters", "optimiser", "activations", "process", "MB", *fits)
+    table = _table(
+        "type", "ranks", "base\nweights", "adapters", "optimiser", "activa-\ntions", "process", "all, MB", *fits
+    )
     for name, m in needed.items():
         parts = (m.weights, m.adapters, m.optimizer, m.activations, m.process, m.total)
         verdict = [] if budget is None else ["yes" if m.total <= budget else "no"]
-        table.add_row(name, _spoken(plan.types[name]), *(f"{part / 1e6:,.0f}" for part in parts), *verdict)
+        table.add_row(name, label(plan.types[name]), *(f"{part / 1e6:,.0f}" for part in parts), *verdict)
     return table
 
 
