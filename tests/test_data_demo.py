@@ -62,7 +62,7 @@ def is_right(record: Record) -> bool:
     return False
 
 
-@pytest.mark.parametrize("family", FAMILIES.values(), ids=str)
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=lambda family: family.name)
 def test_every_answer_is_right(family: Family):
     for seed in range(3):
         records = examples(family, 60, seed)
