@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 class FlexLoraError(Exception):
     """Something the user can mend: the message is one line that names the option or file and the remedy."""
 
+    def __init__(self, message: str) -> None:
+        # What the message quotes (a key, a file's name) may hold a line break.
+        super().__init__(" ".join(message.splitlines()))
+
 
 class LowRank(NamedTuple):
     """One adapted module, factored: its delta weight is ``B @ A``.
