@@ -247,7 +247,9 @@ def excess(r: Round, module: str, X: Tensor) -> float:
         W, X = W.T, X.T
     squares = torch.linalg.eigvalsh(W @ W.T).clamp(min=0)
     least = float(squares[: len(squares) - max(r.distinct(module))].sum()) ** 0.5
-    return float(torch.linalg.vector_norm(W - X.double())) / least - 1
+    error, size = float(torch.linalg.vector_norm(W - X.double())), float(torch.linalg.vector_norm(W))
+    # Nothing is lost where the rank reaches that of the sum: then the error itself, as a share of the sum.
+    return error / least - 1 if least > 1e-6 * size else error / size
 
 
 def compare(model: str, name: str, repeats: int, ways: list[str], errors: bool) -> list[dict[str, object]]:
