@@ -90,7 +90,7 @@ def test_learning_rate_halves_once_after_round_15() -> None:
         ({"name": "../x"}, "name: a name is one folder name"),
         ({"data": "a", "data_path": "b"}, "data_path is given twice"),
         ({"baseline": "adam"}, "baseline: input should be 'fedavg', 'fedit' or 'slora'"),
-        ({"method_options": "eta"}, "method_options: write options as name=value"),
+        ({"method_options": "eta"}, "method_options: write pairs as name=value"),
     ],
 )
 def test_bad_values_are_one_line(values: dict, line: str) -> None:

@@ -335,6 +335,35 @@ def test_prompts_that_are_cut_are_counted_and_told(tiny, tmp_path: Path, command
     assert done.stdout.count("prompts were cut to fit cutoff_len") == len(clients)
 
 
+def test_auto_gives_each_client_the_largest_type_that_its_memory_affords(tiny, tmp_path: Path) -> None:
+    from flexlora.memory import Workload, type_memories
+    from flexlora.modeling import empty_model
+    from flexlora.ranks import SMALL_TYPES, RankPlan
+
+    needed = type_memories(empty_model(str(tiny[0])), RankPlan(SMALL_TYPES), Workload(2, 64, "adamw", 0.1))
+    budgets = sorted(m.total for m in needed.values())
+    memory = {"0": budgets[0], "1": budgets[1] - 1, "2": str(budgets[1]), "default": "1TB"}
+    keys = {
+        "ranks": "auto",
+        "client_memory": memory,
+        "cutoff_len": 64,
+        "rounds": 1,
+        "participation": 1.0,
+        "eval_every": 0,
+    }
+    done = run(config(tiny, tmp_path, **keys))
+    got = {c["id"]: c["ranks"] for c in done.metrics[0]["clients"]}
+    assert (got[0], got[1], got[2]) == ("4", "4", "16")
+    assert {got[3], got[4], got[5]} == {"16+32"}
+    for stated, line in (
+        ({"0": "1GB"}, "client 1 has stated none"),
+        ({"default": "1MB"}, "cannot train even the smallest"),
+    ):
+        with pytest.raises(FlexLoraError, match=line):
+            run(config(tiny, tmp_path, **{**keys, "client_memory": stated, "name": "bad"}))
+    assert not (tmp_path / "bad" / "config.yaml").exists()
+
+
 def test_a_taken_name_is_refused(finished: Run, tiny) -> None:
     with pytest.raises(FlexLoraError, match="a run stands there already"):
         run(finished.config)

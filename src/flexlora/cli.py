@@ -17,7 +17,7 @@ from flexlora.config import Config, key_aliases, key_group, make_config, read_co
 from flexlora.types import FlexLoraError
 
 GROUPS = ("Model", "Data", "Federation", "Method", "LoRA", "Local training", "Evaluation", "Trust", "Running")
-LISTS = ("lora_target_modules", "method_options")
+LISTS = ("lora_target_modules", "method_options", "client_memory")
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)

@@ -86,8 +86,11 @@ class Config(BaseModel):
     baseline: Literal["fedavg", "fedit", "slora"] = key("fedit", "Method")
     """How a client trains: fedavg = SGD, fedit = AdamW, slora = AdamW with a sparse stage before the method."""
     ranks: str | dict[str, Any] = key("random", "Method", "aggregation")
-    """homo, random, heavy_tail, heavy_tail_strong, normal (`:release` for the old shares), or a YAML file or map with types and
-    shares or clients."""
+    """homo, random, heavy_tail, heavy_tail_strong, normal (`:release` for the old shares), a YAML file or map with types and
+    shares or clients, or auto: the largest that fits each client's stated memory (client_memory)."""
+    client_memory: dict[str, Any] = key({}, "Method")
+    """With ranks auto: client = memory for training, e.g. 0=2GB, with `default` for the others; each trains the largest rank
+    type that fits."""
     method_options: dict[str, Any] = key({}, "Method")
     """Options of the method beyond the keys here, e.g. eta=0.5 (a map in YAML, key=value as a flag)."""
     sparse_rounds: int = key(5, "Method", "R_1", ge=1)
@@ -204,7 +207,7 @@ class Config(BaseModel):
             name.strip(" '\"") for part in parts for name in str(part).strip("[]() ").split(",") if name.strip(" '\"")
         )
 
-    @field_validator("method_options", mode="before")
+    @field_validator("method_options", "client_memory", mode="before")
     @classmethod
     def _paired(cls, value: Any) -> Any:
         if not isinstance(value, (str, list, tuple)):
@@ -213,7 +216,7 @@ class Config(BaseModel):
             part for item in ([value] if isinstance(value, str) else value) for part in str(item).split(",") if part
         ]
         if any("=" not in pair for pair in pairs):
-            raise ValueError("write options as name=value")
+            raise ValueError("write pairs as name=value")
         return {k.strip(): yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in pairs)}
 
     @field_validator("name")

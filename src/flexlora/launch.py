@@ -18,8 +18,9 @@ from flexlora.collection import Notify
 from flexlora.config import Config
 from flexlora.data.federation import Federation, open_federation, spread
 from flexlora.engine import Runner, run_rounds
+from flexlora.memory import Workload, affordable, read_bytes, type_memories
 from flexlora.methods import get_method, method_entry
-from flexlora.modeling import Model, load_adapter
+from flexlora.modeling import Model, empty_model, load_adapter
 from flexlora.prompts import Template, TokenCache, load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, resumable, write_text
@@ -163,6 +164,45 @@ def mechanism_of(config: Config, clients: int) -> privacy.Mechanism | None:
     return mechanism
 
 
+def stated_memory(config: Config, clients: Iterable[int]) -> dict[int, int]:
+    """Client -> bytes that it can spend on training. Raises FlexLoraError where one has not said."""
+    stated = {name: read_bytes(size) for name, size in config.client_memory.items()}
+    memory = {client: stated.get(str(client), stated.get("default", 0)) for client in clients}
+    unsaid = [client for client, size in memory.items() if not size]
+    if unsaid:
+        raise FlexLoraError(
+            f"client_memory: client {unsaid[0]} has stated none, ranks auto needs it; add {unsaid[0]}=8GB or default=8GB"
+        )
+    return memory
+
+
+def rank_plan(config: Config, hidden_size: int, clients: Iterable[int]) -> RankPlan:
+    """The configured plan; with ranks auto each client gets the largest type whose training fits its memory."""
+    if config.ranks != "auto":
+        return ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=hidden_size)
+    plan = ranks.named_plan("random", lora_r=config.lora_r, hidden_size=hidden_size)
+    empty = empty_model(
+        config.model,
+        targets=config.lora_target_modules,
+        cache_dir=config.cache_dir,
+        precision=config.precision,
+        trust_remote_code=config.trust_remote_code,
+    )
+    work = Workload(config.micro_batch_size, config.cutoff_len, config.optimizer, config.lora_dropout)
+    needed = type_memories(empty, plan, work)
+    chosen: dict[int, str] = {}
+    for client, budget in stated_memory(config, clients).items():
+        best = affordable(needed, budget)
+        if best is None:
+            least = min(memory.total for memory in needed.values()) / 1e9
+            raise FlexLoraError(
+                f"client_memory: client {client} cannot train even the smallest rank type, which needs {least:.2f} GB; "
+                "lower --micro_batch_size or --cutoff_len, or leave it out"
+            )
+        chosen[client] = best
+    return RankPlan(plan.types, {}, chosen)
+
+
 def rank_table(
     config: Config, plan: RankPlan, shapes: Shapes, clients: Iterable[int], notify: Notify
 ) -> dict[int, Ranks]:
@@ -223,14 +263,17 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
             "raise --cutoff_len or lower --max_new_tokens"
         )
     load_template(config.prompt_template if config.prompt_template != "auto" else "alpaca")
+    if config.ranks == "auto":
+        stated_memory(config, federation.clients)
     # Sizes of the types do not matter yet: this only asks whether they differ.
-    refuse_unequal(config, method, ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=0))
+    types = "random" if config.ranks == "auto" else config.ranks
+    refuse_unequal(config, method, ranks.read_plan(types, lora_r=config.lora_r, hidden_size=0))
     validation = federation.validation_sample(config.validation_examples, config.seed)
     held_out = spread(federation.global_test(), config.eval_examples)
     check_schedule(config, federation)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)
-    plan = ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=model.hidden_size)
+    plan = rank_plan(config, model.hidden_size, federation.clients)
     table = rank_table(config, plan, model.shapes, federation.clients, notify)
     name = template_name(config, model)
     template: Template = load_template(name)

@@ -127,8 +127,11 @@ class Sum:
             1.0  # the first weight: counted in it, a single update or equal weights are summed without rounding
         )
 
-    def add(self, x: LowRank, weight: float) -> None:
-        """Add weight · B A. The first update fixes device and dtype."""
+    def add(self, x: LowRank, weight: float, *, wait: bool = False) -> None:
+        """Add weight · B A. The first update fixes device and dtype.
+
+        With `wait` nothing is multiplied yet: the caller looks at `full` and calls `flush`, for many modules at once.
+        """
         self.total += weight
         rank = x.A.shape[0]
         if weight == 0.0 or rank == 0:
@@ -139,10 +142,18 @@ class Sum:
         own = LowRank(x.B.to(self._dtype, copy=True), x.A.to(self._dtype, copy=True))
         self._terms.append((own, weight))
         self._waiting += rank
-        if self.rank > self._most and self._waiting >= self._block:
-            self._flush()
+        if self.full and not wait:
+            self.flush()
 
-    def _flush(self) -> None:
+    @property
+    def full(self) -> bool:
+        """Whether the sum is dense and a whole block waits to be multiplied."""
+        return self.rank > self._most and self._waiting >= self._block
+
+    def flush(self) -> None:
+        """Multiply what waits into the dense sum; nothing where the sum is still a stack of factors."""
+        if self.rank <= self._most or not self._terms:
+            return
         if self._dense is None:
             B = self._terms[0][0].B
             self._dense = torch.zeros((self.d_out, self.d_in), dtype=B.dtype, device=B.device)
@@ -159,8 +170,8 @@ class Sum:
 
     def over(self, divisor: float) -> Matrix:
         """Σ w_i B_i A_i / divisor, dense where the stacked rank made it so."""
-        if self._dense is not None or self.rank > self._most:
-            self._flush()
+        if self.rank > self._most:
+            self.flush()
             assert self._dense is not None
             return self._dense * (self._unit / divisor)
         if not self._terms:

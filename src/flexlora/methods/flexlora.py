@@ -62,7 +62,12 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
     count = 0
     for update in updates:
         count += 1
-        lowrank.each(partial(_add, sums, update), update.adapter)
+        for module, x in update.adapter.items():
+            assert isinstance(x, LowRank)
+            sums[module].add(x, update.weight, wait=True)
+        if any(s.full for s in sums.values()):
+            # All modules at once, so that the cores have even work.
+            lowrank.each(lowrank.Sum.flush, sorted(sums.values(), key=lambda s: -s.d_out * s.d_in))
     if not count:
         raise ValueError("aggregate needs at least one client update")
 
@@ -84,12 +89,6 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         norm={m: x for m, (_, x, _) in done.items()},
         spectrum={m: x for m, (_, _, x) in done.items()},
     )
-
-
-def _add(sums: Mapping[str, lowrank.Sum], update: ClientUpdate, module: str) -> None:
-    x = update.adapter[module]
-    assert isinstance(x, LowRank)
-    sums[module].add(x, update.weight)
 
 
 def distribute(state: State, ranks: Ranks, split: Literal["B", "balanced"] = "B") -> Download:
