@@ -240,7 +240,7 @@ def test_sum_holds_no_more_than_it_says(clients):
         assert held <= min(r * (i + 1) * (d_out + d_in), d_out * d_in + block)
 
 
-def test_inputs_are_untouched_and_not_kept():
+def test_inputs_are_untouched_and_results_are_their_own():
     x = pair(0, 12, 9, 3)
     before = LowRank(x.B.clone(), x.A.clone())
     total = lowrank.Sum(12, 9)
@@ -248,9 +248,13 @@ def test_inputs_are_untouched_and_not_kept():
     for work in (lambda: lowrank.truncate(x, 2), lambda: lowrank.singular_values(x), lambda: lowrank.stack([x], [0.5])):
         work()
     assert torch.equal(x.B, before.B)
+    mean = total.mean()
+    assert torch.equal(x.B, before.B)
     assert torch.equal(x.A, before.A)
     x.B.zero_()
-    assert torch.equal(total.mean().B, before.B)  # one client: p = 1, not a bit is lost
+    x.A.zero_()
+    assert torch.equal(mean.B, before.B)  # one client: p = 1, not a bit is lost
+    assert torch.equal(mean.A, before.A)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 8, 11, 30])

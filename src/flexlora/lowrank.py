@@ -93,9 +93,16 @@ def stack(xs: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """
     if not xs:
         raise ValueError("stack needs at least one factor pair")
-    dtype = _working(xs[0].B.dtype)
-    B = torch.cat([x.B.to(dtype) * w for x, w in zip(xs, weights, strict=True)], dim=1)
-    return LowRank(B, torch.cat([x.A.to(dtype) for x in xs], dim=0))
+    first, rank = xs[0], sum(x.A.shape[0] for x in xs)
+    new = {"dtype": _working(first.B.dtype), "device": first.B.device}
+    B, A = torch.empty((first.B.shape[0], rank), **new), torch.empty((rank, first.A.shape[1]), **new)
+    at = 0
+    for x, w in zip(xs, weights, strict=True):
+        to = at + x.A.shape[0]
+        torch.mul(x.B.to(**new), w, out=B[:, at:to])
+        A[at:to] = x.A
+        at = to
+    return LowRank(B, A)
 
 
 def empty(d_out: int, d_in: int) -> LowRank:
@@ -109,7 +116,7 @@ class Sum:
     Factors are stacked while they take less room than the dense matrix; then they are added up densely, a block of
     columns by one matrix product. With R the stacked rank and s the rank at which it turns dense (`dense_rank`), at most
     min(R, s)(d_out + d_in) or, above, d_out · d_in floats are held, and one block of s/4 columns. While it turns, both
-    are, which happens to one module a thread at a time. Updates are copied, never changed or kept.
+    are, which happens to one module a thread at a time. Updates are never changed; their factors are kept until they are multiplied.
     """
 
     def __init__(self, d_out: int, d_in: int) -> None:
@@ -139,8 +146,7 @@ class Sum:
         if not self.rank:
             self._unit, self._dtype = weight, _working(x.B.dtype)
         self.rank += rank
-        own = LowRank(x.B.to(self._dtype, copy=True), x.A.to(self._dtype, copy=True))
-        self._terms.append((own, weight))
+        self._terms.append((LowRank(x.B.to(self._dtype), x.A.to(self._dtype)), weight))
         self._waiting += rank
         if self.full and not wait:
             self.flush()

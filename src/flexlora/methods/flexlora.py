@@ -6,6 +6,7 @@ the ranks; this module follows the paper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -79,7 +80,10 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         spectrum, norm = lowrank.decompose(W, state.levels.get(module))
         return W, norm, spectrum
 
-    done = dict(zip(state.shapes, lowrank.each(finish, state.shapes), strict=True))
+    # Large modules first, so that the cores finish together.
+    order = sorted(state.shapes, key=lambda m: -math.prod(state.shapes[m]))
+    found = dict(zip(order, lowrank.each(finish, order), strict=True))
+    done = {m: found[m] for m in state.shapes}
     return State(
         state.round + 1,
         state.seed,
