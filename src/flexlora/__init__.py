@@ -8,11 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from flexlora import processor
+
 if TYPE_CHECKING:
     from flexlora.config import Config
     from flexlora.launch import resume, run
     from flexlora.rundir import Run
     from flexlora.types import FlexLoraError
+
+processor.settle()
 
 __version__ = "0.1.0"
 __all__ = ["Config", "FlexLoraError", "Run", "resume", "run"]

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flexlora.products import mm
+
 
 @dataclass
 class Factors:
@@ -39,7 +41,14 @@ class Scattered:
     """(k,) int64"""
 
 
-class AdaptedLinear(nn.Linear):
+class FrozenLinear(nn.Linear):
+    """x (..., d_in) -> (..., d_out) through a weight (d_out, d_in) that nothing trains."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _FrozenLinear.apply(input, self.weight, self.bias)
+
+
+class AdaptedLinear(FrozenLinear):
     """x (..., d_in) -> (..., d_out) through the frozen weight (d_out, d_in), an adapter, and a frozen low-rank term."""
 
     term: Factors | Scattered | None
@@ -63,6 +72,26 @@ class AdaptedLinear(nn.Linear):
         return y
 
 
+class _FrozenLinear(torch.autograd.Function):
+    """y = W x + b, with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _through(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (weight,) = ctx.saved_tensors
+        return mm(grad.flatten(0, -2), weight).view(*grad.shape[:-1], weight.shape[1]), None, None
+
+
+def _through(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = mm(x.flatten(0, -2), weight.T).view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y.add_(bias)
+
+
 class _LowRankLinear(torch.autograd.Function):
     """y = W x + b + s B A z with z = x, or x after dropout: the low-rank term is added inside the matrix products.
 
@@ -75,8 +104,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
     ) -> Tensor:
         inside = (x if z is None else z).flatten(0, -2)  # (tokens, d_in)
-        h = inside @ A.T  # (tokens, r)
-        y = F.linear(x, weight, bias)
+        h = mm(inside, A.T)  # (tokens, r)
+        y = _through(x, weight, bias)
         y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
         ctx.save_for_backward(inside, weight, A, B, h)
         ctx.s, ctx.dropped = s, z is not None
@@ -88,19 +117,18 @@ class _LowRankLinear(torch.autograd.Function):
         z, weight, A, B, h = ctx.saved_tensors
         need_x, need_z, _, _, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.flatten(0, -2)  # (tokens, d_out)
-        dh = g @ B if need_x or need_z or need_A else None
-        dx = g @ weight if need_x else None
+        dh = mm(g, B)
+        dx = mm(g, weight) if need_x else None
         dz = dA = dB = None
         if ctx.dropped:
-            dz = (dh @ A).mul_(ctx.s).view(*grad.shape[:-1], -1) if need_z else None
+            dz = mm(dh, A).mul_(ctx.s).view(*grad.shape[:-1], A.shape[1]) if need_z else None
         elif dx is not None:
             dx.addmm_(dh, A, alpha=ctx.s)
         if need_A:
-            assert dh is not None
-            dA = (dh.T @ z).mul_(ctx.s)
+            dA = mm(dh.T, z).mul_(ctx.s)
         if need_B:
-            dB = (g.T @ h).mul_(ctx.s)
-        return None if dx is None else dx.view(*grad.shape[:-1], -1), dz, None, None, dA, dB, None
+            dB = mm(g.T, h).mul_(ctx.s)
+        return None if dx is None else dx.view(*grad.shape[:-1], A.shape[1]), dz, None, None, dA, dB, None
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -126,6 +154,14 @@ class _SparseLinear(torch.autograd.Function):
 def _scatter(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
     flat = weight.detach().clone().view(-1)
     return flat.index_add_(0, index, values.detach().to(flat.dtype)).view(weight.shape)
+
+
+def freeze(module: nn.Linear) -> FrozenLinear:
+    """Make a plain nn.Linear a FrozenLinear, in place."""
+    module.__class__ = FrozenLinear
+    assert isinstance(module, FrozenLinear)
+    module.requires_grad_(False)
+    return module
 
 
 def adapt(module: nn.Linear) -> AdaptedLinear:

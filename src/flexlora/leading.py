@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flexlora.products import gram, mm
 from flexlora.randomness import generator
 
 STRIP = 32
@@ -44,14 +45,14 @@ def leading(W: Tensor, G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | Non
         return None
     theta, U = found
     # U is orthonormal to its dtype; one Cholesky step makes it so to float64
-    T = (U.T @ W).double()
+    T = mm(U.T, W).double()
     U64 = U.double()
-    L, failed = torch.linalg.cholesky_ex(U64.T @ U64)
+    L, failed = torch.linalg.cholesky_ex(gram(U64.T))
     if failed.item():
         return None
     T = torch.linalg.solve_triangular(L, T, upper=False)
     U64 = torch.linalg.solve_triangular(L, U64.T, upper=False).T
-    E = T @ T.T
+    E = gram(T)
     S2, Y = torch.linalg.eigh(E)
     S2, Y = S2[-k:].flip(0), Y[:, -k:].flip(1)
     whole = float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
@@ -59,17 +60,7 @@ def leading(W: Tensor, G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | Non
     if bound is None or whole - float(S2.sum()) > (1 + TOLERANCE) ** 2 * (whole - bound):
         return None
     S = S2.sqrt()
-    return U64 @ Y, S, Y.T @ T / S[:, None]
-
-
-def gram(W: Tensor, block: int = 256) -> Tensor:
-    """W Wᵀ, the lower blocks by matrix products, the upper ones by symmetry."""
-    n = W.shape[0]
-    G = W.new_empty((n, n))
-    for i in range(0, n, block):
-        G[i:, i : i + block] = W[i:] @ W[i : i + block].T
-        G[i : i + block, i + block :] = G[i + block :, i : i + block].T
-    return G
+    return mm(U64, Y), S, mm(Y.T, T) / S[:, None]
 
 
 def _krylov(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
@@ -89,13 +80,13 @@ def _krylov(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
     j = 0
     while j < most:
         Q[j : j + b] = X.T
-        Y = G @ X
+        Y = mm(G, X)
         near = Q[max(0, j - b) : j + b]
-        h = near @ Y
-        Y.addmm_(near.T, h, alpha=-1)
+        h = mm(near, Y)
+        Y -= mm(near.T, h)
         done = Q[: j + b]
-        correction = done @ Y
-        Y.addmm_(done.T, correction, alpha=-1)
+        correction = mm(done, Y)
+        Y -= mm(done.T, correction)
         H[: j + b, j : j + b] = correction
         H[max(0, j - b) : j + b, j : j + b] += h
         j += b
@@ -113,7 +104,7 @@ def _krylov(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         coupling = ((beta @ Z[-b:]) ** 2).sum(0).double()
         reach = k * mu + float((theta.double() + 1.1 * coupling / max(g, eps * mu) - mu).clamp(min=0).sum())
         if ended or reach - held <= TOLERANCE * (whole - held):
-            return theta, done.T @ Z
+            return theta, mm(done.T, Z)
     return None
 
 
@@ -129,13 +120,13 @@ def _most(G: Tensor, U: Tensor, theta: Tensor, E: Tensor, k: int) -> float | Non
     noise = n**0.5 * torch.finfo(G.dtype).eps / 2 * float(theta[0])
     mu, g = _gap(theta, k)
     s = mu - g
-    M = torch.addmm(G, U * theta, U.T, beta=-1)
+    M = mm(U * theta, U.T).sub_(G)
     M.diagonal().add_(s)
     if torch.linalg.cholesky_ex(M).info.item():
         return None
     g -= noise
     if g <= 0:
         return None
-    R = (G @ U - U * theta).double()
-    grown = E + (1.1 * (R.T @ R) + 11 * noise**2 * torch.eye(p, dtype=E.dtype, device=E.device)) / g
+    R = (mm(G, U) - U * theta).double()
+    grown = E + (1.1 * gram(R.T) + 11 * noise**2 * torch.eye(p, dtype=E.dtype, device=E.device)) / g
     return k * mu + float((torch.linalg.eigvalsh(grown) - mu).clamp(min=0).sum())

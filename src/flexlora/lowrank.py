@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from flexlora import leading
+from flexlora.products import gram, mm
 from flexlora.randomness import generator
 from flexlora.types import LowRank
 
@@ -74,7 +75,7 @@ def delta(x: Matrix) -> Tensor:
     if isinstance(x, Tensor):
         return x
     dtype = _working(x.B.dtype)
-    return x.B.to(dtype) @ x.A.to(dtype)
+    return mm(x.B.to(dtype), x.A.to(dtype))
 
 
 def factored(x: Matrix) -> LowRank:
@@ -115,8 +116,9 @@ class Sum:
 
     Factors are stacked while they take less room than the dense matrix; then they are added up densely, a block of
     columns by one matrix product. With R the stacked rank and s the rank at which it turns dense (`dense_rank`), at most
-    min(R, s)(d_out + d_in) or, above, d_out · d_in floats are held, and one block of s/4 columns. While it turns, both
-    are, which happens to one module a thread at a time. Updates are never changed; their factors are kept until they are multiplied.
+    min(R, s)(d_out + d_in) or, above, d_out · d_in floats are held, and one block of s/4 columns. While it turns and
+    while a block is multiplied, twice that, which happens to one module a thread at a time. Updates are never changed;
+    their factors are kept until they are multiplied.
     """
 
     def __init__(self, d_out: int, d_in: int) -> None:
@@ -130,9 +132,7 @@ class Sum:
         self._terms: list[tuple[LowRank, float]] = []
         self._waiting = 0
         self._dense: Tensor | None = None
-        self._unit = (
-            1.0  # the first weight: counted in it, a single update or equal weights are summed without rounding
-        )
+        self._unit = 1.0  # the first weight: counted in it, one update or equal weights are summed without rounding
 
     def add(self, x: LowRank, weight: float, *, wait: bool = False) -> None:
         """Add weight · B A. The first update fixes device and dtype.
@@ -171,7 +171,7 @@ class Sum:
                 xs.append(x)
                 weights.append(w / self._unit)
             block = stack(xs, weights)
-            self._dense.addmm_(block.B, block.A)
+            self._dense += mm(block.B, block.A)
         self._waiting = 0
 
     def over(self, divisor: float) -> Matrix:
@@ -217,13 +217,13 @@ def decompose(x: Matrix, rank: int | None = None) -> tuple[Spectrum, float]:
         new = {"dtype": _working(dtype), "device": device}
         nothing = Spectrum(torch.zeros((d_out, 0), **new), torch.zeros(0, **new), torch.zeros((0, d_in), **new))
         return nothing, float(norm(x))
-    gram = dtype != torch.float64
+    single = dtype != torch.float64
     if isinstance(x, LowRank) and x.A.shape[0] <= dense_rank(d_out, d_in):
-        found, whole = (_factored_gram(x, k) if gram else None) or _factored_qr(x, k)
+        found, whole = (_factored_gram(x, k) if single else None) or _factored_qr(x, k)
     else:
         W = delta(x)
-        found, whole = (_dense_gram(W, k) if gram else None) or _dense_svd(W, k), float(norm(W))
-        if gram:
+        found, whole = (_dense_gram(W, k) if single else None) or _dense_svd(W, k), float(norm(W))
+        if single:
             found = found._replace(S=found.S.where(found.S[0] * NOISE < found.S, 0.0))
     return _signed(found, _working(dtype)), whole
 
@@ -240,34 +240,34 @@ def _factored_qr(x: LowRank, k: int) -> tuple[Spectrum, float]:
     Qb, Rb = torch.linalg.qr(x.B.double())
     Qa, Ra = torch.linalg.qr(x.A.double().T)
     U, S, Vt = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    return Spectrum(Qb @ U[:, :k], S[:k], Vt[:k] @ Qa.T), float(S.norm())
+    return Spectrum(mm(Qb, U[:, :k]), S[:k], mm(Vt[:k], Qa.T)), float(S.norm())
 
 
 def _factored_gram(x: LowRank, k: int) -> tuple[Spectrum, float] | None:
     """With A = L Q, Q orthonormal rows: (B A)ᵀ(B A) = Qᵀ (Lᵀ BᵀB L) Q. None where float64 does not carry that."""
     B, A = x.B.double(), x.A.double()
-    GA = leading.gram(A)
+    GA = gram(A)
     L, failed = torch.linalg.cholesky_ex(GA)
     if failed.item():
         return None
     if leading.pays(L.shape[0], k):
-        found = _by_gram((B @ L).T, k)
+        found = _by_gram(mm(B, L).T, k)
         if found is None:
             return None
         Z, S, U, whole = found[0], found[1], found[2].T, norm(x)
     else:
-        GB = leading.gram(B.T)
+        GB = gram(B.T)
         whole = (GA * GB).sum().clamp(min=0).sqrt()
-        S2, Z = torch.linalg.eigh(L.T @ GB @ L)
+        S2, Z = torch.linalg.eigh(mm(mm(L.T, GB), L))
         S2, Z = S2[-k:].flip(0), Z[:, -k:].flip(1)
         rounding = torch.finfo(S2.dtype).eps * GA.trace() * GB.trace()
         if S2[-1] <= max(DECAYED**2 * S2[0], 1e5 * rounding):
             return None
         S = S2.sqrt()
-        U = B @ (L @ Z) / S
+        U = mm(B, mm(L, Z)) / S
     # rows of Z' L^-1 A are orthonormal as far as A is well conditioned: looked at, not assumed
-    Vt = torch.linalg.solve_triangular(L.T, Z, upper=True).T @ A
-    if (Vt @ Vt.T - torch.eye(k, dtype=Vt.dtype, device=Vt.device)).abs().max() > 1e-9:
+    Vt = mm(torch.linalg.solve_triangular(L.T, Z, upper=True).T, A)
+    if (gram(Vt) - torch.eye(k, dtype=Vt.dtype, device=Vt.device)).abs().max() > 1e-9:
         return None
     return Spectrum(U, S, Vt), float(whole)
 
@@ -297,22 +297,22 @@ def _by_gram(W: Tensor, k: int) -> Spectrum | None:
     size = 2.0 ** math.frexp(whole)[1]  # a power of two: dividing by it rounds nothing
     W = W / size
     krylov = leading.pays(W.shape[0], k)
-    if krylov and (found := leading.leading(W.float(), leading.gram(W.float()), k)):
+    if krylov and (found := leading.leading(W.float(), gram(W.float()), k)):
         return Spectrum(found[0], found[1] * size, found[2])
     W = W.double()
-    G = leading.gram(W)
+    G = gram(W)
     if krylov and (found := leading.leading(W, G, k)):
         return Spectrum(found[0], found[1] * size, found[2])
     S2, U = torch.linalg.eigh(G)
     S2, U = S2[-k:].flip(0), U[:, -k:].flip(1)
     if S2[-1] > DECAYED**2 * S2[0]:
         S = S2.sqrt()
-        return Spectrum(U, S * size, U.T @ W / S[:, None])
+        return Spectrum(U, S * size, mm(U.T, W) / S[:, None])
     if 2 * k > W.shape[0]:
         return None
-    Q, R = torch.linalg.qr((U.T @ W).T)
+    Q, R = torch.linalg.qr(mm(U.T, W).T)
     Uk, S, Vt = torch.linalg.svd(R.T)
-    return Spectrum(U @ Uk, S * size, Vt @ Q.T)
+    return Spectrum(mm(U, Uk), S * size, mm(Vt, Q.T))
 
 
 def _signed(found: Spectrum, dtype: torch.dtype) -> Spectrum:
@@ -338,14 +338,14 @@ def norm(x: Matrix) -> Tensor:
         return torch.linalg.vector_norm(x, dtype=torch.float64)
     if isinstance(x, Decomposed):
         return torch.tensor(x.norm, dtype=torch.float64)
-    return (leading.gram(x.B.double().T) * leading.gram(x.A.double())).sum().clamp(min=0).sqrt()
+    return (gram(x.B.double().T) * gram(x.A.double())).sum().clamp(min=0).sqrt()
 
 
 def inner(xs: Iterable[LowRank], ys: Iterable[LowRank]) -> float:
     """Σ over modules of the Frobenius inner product ⟨B A, B' A'⟩ by the trace identity."""
     total = 0.0
     for x, y in zip(xs, ys, strict=True):
-        total += float(((x.B.double().T @ y.B.double()) * (x.A.double() @ y.A.double().T)).sum())
+        total += float((mm(x.B.double().T, y.B.double()) * mm(x.A.double(), y.A.double().T)).sum())
     return total
 
 

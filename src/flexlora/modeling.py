@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from flexlora import gguf
-from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt
+from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt, freeze
 from flexlora.prefix import Prefix, plain_attention
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
@@ -50,6 +50,9 @@ class Model:
         network.requires_grad_(False)
         network.eval()
         self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
+        for module in network.modules():
+            if type(module) is nn.Linear:
+                freeze(module)
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
         self.shares_prefix: bool = plain_attention(network)

@@ -1,0 +1,97 @@
+"""Matrix products on the processor, by the faster of the two BLAS libraries that are installed anyway.
+
+torch's x86 builds multiply with MKL. On processors that Intel did not make it reaches some 70 % of the speed of the
+OpenBLAS inside NumPy in float32, and a quarter where a factor has only 8 columns (docs/log.md has the figures). Which one
+multiplies follows from the processor's maker and the sizes, never from a stopwatch: every run on one machine gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from threadpoolctl import ThreadpoolController
+from torch import Tensor, nn
+
+from flexlora.processor import made_by_intel, threads_sleep
+
+LEAST = 2**16
+"""Multiplications below which the way to NumPy and back costs more than it saves."""
+PIECE = 2**23
+"""Multiplications for which waking another thread pays."""
+
+
+def mm(a: Tensor, b: Tensor) -> Tensor:
+    """a (n, k) @ b (k, m), where no gradient is recorded."""
+    if not (_SERVED and _fits(a, b)):
+        return a @ b
+    threads = torch.get_num_threads()
+    if threads > 1 and not _SLEEP:
+        return a @ b
+    x, y = a.detach().numpy(), b.detach().numpy()
+    (n, k), m = x.shape, y.shape[1]
+    pieces = min(threads, n * k * m // PIECE, max(n, m))
+    if pieces <= 1:
+        return torch.from_numpy(np.matmul(x, y))
+    out = np.empty((n, m), x.dtype)
+    ends = [max(n, m) * i // pieces for i in range(pieces + 1)]
+    cuts = [slice(start, end) for start, end in itertools.pairwise(ends)]
+    parts = [(x[c], y, out[c]) if n >= m else (x, y[:, c], out[:, c]) for c in cuts]
+    waiting = [_pool(threads - 1).submit(np.matmul, *part) for part in parts[1:]]
+    np.matmul(*parts[0])
+    for part in waiting:
+        part.result()
+    return torch.from_numpy(out)
+
+
+def gram(a: Tensor) -> Tensor:
+    """a (n, k) @ aᵀ, exactly symmetric, for half the work of a product where that pays."""
+    if _SERVED and _fits(a, a.T):
+        x = a.detach().numpy()
+        return torch.from_numpy(np.matmul(x, x.T))  # NumPy sees the transpose and works on one triangle
+    n, block = a.shape[0], 256
+    G = a.new_empty((n, n))
+    for i in range(0, n, block):
+        to = i + block
+        G[i:, i:to] = a[i:] @ a[i:to].T
+        G[i:to, i:to] = G[i:to, i:to].tril() + G[i:to, i:to].tril(-1).T
+        G[i:to, to:] = G[to:, i:to].T
+    return G
+
+
+def _fits(a: Tensor, b: Tensor) -> bool:
+    return (
+        a.dtype == b.dtype
+        and a.dtype in (torch.float32, torch.float64)
+        and a.device.type == b.device.type == "cpu"
+        and type(a) in _PLAIN
+        and type(b) in _PLAIN
+        and a.shape[0] * a.shape[1] * b.shape[1] >= LEAST
+    )
+
+
+_PLAIN = (Tensor, nn.Parameter)
+"""Not, say, the fake tensors by which memory is estimated."""
+
+
+_openblas = [
+    library
+    for library in ThreadpoolController().lib_controllers
+    if library.internal_api == "openblas" and "numpy" in library.filepath
+]
+_SERVED = bool(_openblas) and torch.backends.mkl.is_available() and not made_by_intel()
+_SLEEP = threads_sleep()
+
+
+if _SERVED:
+    for _library in _openblas:  # its own threads would spin between products, on the cores of torch's
+        _library.set_num_threads(1)
+
+
+@functools.cache
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, thread_name_prefix="products")

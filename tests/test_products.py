@@ -1,0 +1,96 @@
+"""Products: the same values whichever library multiplies."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexlora import products
+from flexlora.products import gram, mm
+
+served = pytest.mark.skipif(not products._SERVED, reason="torch's own library multiplies on this processor")
+sizes = st.integers(1, 80)
+
+
+@given(n=sizes, k=sizes, m=sizes, dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 9))
+def test_product_of_any_layout(n: int, k: int, m: int, dtype: torch.dtype, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(n, k, generator=g, dtype=dtype), torch.randn(k, m, generator=g, dtype=dtype)
+    expected = (a.double() @ b.double()).to(dtype)
+    wide = torch.randn(k, 2 * m, generator=g, dtype=dtype)
+    wide[:, ::2] = b
+    for x, y in [(a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T), (a, wide[:, ::2])]:
+        before = x.clone(), y.clone()
+        torch.testing.assert_close(mm(x, y), expected, atol=1e-4 if dtype == torch.float32 else 1e-12, rtol=0)
+        assert torch.equal(x, before[0])
+        assert torch.equal(y, before[1])
+
+
+@given(n=st.integers(1, 600), k=sizes, seed=st.integers(0, 9))
+def test_gram_is_symmetric_to_the_bit(n: int, k: int, seed: int) -> None:
+    a = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
+    G = gram(a)
+    assert torch.equal(G, G.T)
+    torch.testing.assert_close(G, (a.double() @ a.double().T).float(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes_stay_with_torch(dtype: torch.dtype) -> None:
+    a = torch.ones(64, 64, dtype=dtype)
+    assert mm(a, a).dtype == dtype
+    assert torch.equal(mm(a, a), torch.full((64, 64), 64, dtype=dtype))
+
+
+def test_shapes_alone_multiply_too() -> None:
+    with FakeTensorMode():
+        assert mm(torch.empty(100, 200), torch.empty(200, 300)).shape == (100, 300)
+
+
+@served
+@pytest.mark.parametrize("shape", [(700, 150, 90), (90, 150, 700), (1, 3000, 3001), (129, 257, 257)])
+def test_threads_share_a_product(shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    n, k, m = shape
+    a, b = torch.randn(n, k, dtype=torch.float64), torch.randn(m, k, dtype=torch.float64).T
+    expected = a @ b
+    monkeypatch.setattr(products, "_SLEEP", True)
+    monkeypatch.setattr(products, "PIECE", 2**16)
+    calls = []
+    multiply = np.matmul
+    monkeypatch.setattr(np, "matmul", lambda x, y, *out: calls.append((x.shape[0], y.shape[1])) or multiply(x, y, *out))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = mm(a, b)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+    assert len(calls) == 3
+    assert sum(x * y for x, y in calls) == n * m
+
+
+@served
+def test_where_idle_threads_spin_torch_multiplies_with_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_SLEEP", False)
+    monkeypatch.setattr(np, "matmul", lambda *_: pytest.fail("NumPy was asked"))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(mm(torch.ones(64, 64), torch.ones(64, 64)), torch.full((64, 64), 64.0))
+    finally:
+        torch.set_num_threads(before)
+
+
+@served
+def test_flexlora_lets_idle_threads_sleep_unless_told_otherwise() -> None:
+    code = "import flexlora, os; print(os.environ['OMP_WAIT_POLICY'])"
+    for told, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
+        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+        environment |= {"OMP_WAIT_POLICY": told} if told else {}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
