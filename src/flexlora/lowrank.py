@@ -428,7 +428,8 @@ def each(function: Callable[[_T], _R], items: Iterable[_T], workers: int | None 
     try:
         if workers <= 1:
             return [function(item) for item in items]
-        with ThreadPoolExecutor(workers) as pool:
+        # a thread that has not run a torch loop yet lets MKL take all cores: told so itself
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(function, items))
     finally:
         torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ from flexlora.processor import made_by_intel, threads_sleep
 
 LEAST = 2**16
 """Multiplications below which the way to NumPy and back costs more than it saves."""
-PIECE = 2**23
+PIECE = 2**21
 """Multiplications for which waking another thread pays."""
 
 
