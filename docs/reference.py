@@ -1,4 +1,7 @@
-"""Writes the reference pages from the code: `python docs/reference.py`. A test compares them."""
+"""The reference pages, written from the code while the site is built: mkdocs calls `on_files` (hooks in mkdocs.yml).
+
+They are in no folder of the repository, so they cannot be out of date. In a terminal, `flexlora COMMAND --help` says the same.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
 from pydantic import BaseModel
 
 from flexlora.cli import app
 from flexlora.config import Config, key_aliases, key_group
-
-FOLDER = Path(__file__).parent / "reference"
-BY = "<!-- written by docs/reference.py -->\n\n"
 
 MODULES = (
     "flexlora", "flexlora.types", "flexlora.methods.base", "flexlora.lowrank", "flexlora.ranks", "flexlora.modeling",
@@ -28,12 +30,12 @@ MODULES = (
 
 def command_line() -> str:
     text = app.generate_docs(output_format="markdown")
-    return BY + text.replace("# flexlora\n", "# Command line\n", 1)
+    return text.replace("# flexlora\n", "# Command line\n", 1)
 
 
 def configuration() -> str:
     parts = [
-        f"{BY}# Configuration keys\n\nThe same keys in a YAML file, as options of `flexlora run` and as arguments of "
+        "# Configuration keys\n\nThe same keys in a YAML file, as options of `flexlora run` and as arguments of "
         "`flexlora.Config`. Old names are those of the original FlexLoRA release; they are accepted everywhere. "
         "`null` means that the value is chosen from the data or the model.\n"
     ]
@@ -85,7 +87,7 @@ def entry(name: str, x: Any) -> str:
 
 
 def python() -> str:
-    parts = [f"{BY}# Python\n\nThe public names of the modules, with their docstrings.\n"]
+    parts = ["# Python\n\nThe public names of the modules, with their docstrings.\n"]
     for name in MODULES:
         module = importlib.import_module(name)
         parts.append(f"\n## {name}\n\n{inspect.cleandoc(module.__doc__ or '')}\n")
@@ -96,14 +98,14 @@ def python() -> str:
     return "".join(parts)
 
 
-def pages() -> dict[Path, str]:
-    """Page -> its text."""
+def pages() -> dict[str, str]:
+    """Path within docs/ -> text of the page."""
     made = {"command-line": command_line(), "configuration": configuration(), "python": python()}
-    return {FOLDER / f"{name}.md": text.rstrip() + "\n" for name, text in made.items()}
+    return {f"reference/{name}.md": text.rstrip() + "\n" for name, text in made.items()}
 
 
-if __name__ == "__main__":
-    FOLDER.mkdir(exist_ok=True)
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """mkdocs' hook: the pages join those of the folder."""
     for path, text in pages().items():
-        path.write_text(text, encoding="utf-8")
-        print(path)
+        files.append(File.generated(config, path, content=text))
+    return files
