@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import torch
+import yaml
 from torch import Tensor
 
 from flexlora import lowrank
@@ -53,6 +54,14 @@ def rank_for(values: Tensor, energy: float) -> int:
 def advised_ranks(found: Mapping[str, Tensor], energy: float) -> dict[str, int]:
     """For each module the smallest rank that keeps the share `energy` of its own ‖W‖²."""
     return {module: rank_for(values, energy) for module, values in found.items()}
+
+
+def rank_file(found: Mapping[str, Tensor], energy: float) -> str:
+    """`advised_ranks` as a YAML file for the configuration key `ranks`: one type, which every client gets."""
+    heading = f"# The smallest ranks that keep {energy:g} of the energy of every module.\n"
+    return heading + yaml.safe_dump(
+        {"types": {"advised": advised_ranks(found, energy)}, "shares": {"advised": 1.0}}, sort_keys=False
+    )
 
 
 def place(module: str) -> tuple[str, int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora import evaluation, lowrank, ranks, wire
-from flexlora.card import model_card
+from flexlora import evaluation, generation, lowrank, ranks, wire
+from flexlora.card import TOP, model_card
 from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint
 from flexlora.config import Config, make_config
 from flexlora.data.federation import open_federation
@@ -19,7 +19,7 @@ from flexlora.evaluation import Scores
 from flexlora.launch import load, method_of, template_name
 from flexlora.modeling import Model, load_adapter, save_adapter, save_merged
 from flexlora.prompts import Record, Template, encode_prompt, load_template
-from flexlora.rundir import Run, open_run
+from flexlora.rundir import Run, open_run, write_text
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Standing, standing_of
 from flexlora.types import FlexLoraError, LowRank, Method
@@ -68,18 +68,37 @@ def score(trained: Trained, records: Sequence[Record], progress: Any = None) -> 
     return scorer.score(records)
 
 
+def _prompt(trained: Trained, record: Record) -> list[int]:
+    config = trained.config
+    length = max(config.cutoff_len, config.max_new_tokens + 1024)
+    return list(encode_prompt(record, trained.template, trained.model.tokenizer, length, config.max_new_tokens))
+
+
 def answer(trained: Trained, instruction: str, input: str = "") -> Iterator[str]:
     """The model's answer to one instruction, piece by piece."""
-    record = Record(instruction, input, "")
-    config, tokenizer = trained.config, trained.model.tokenizer
-    length = max(config.cutoff_len, config.max_new_tokens + 1024)
-    prompt = encode_prompt(record, trained.template, tokenizer, length, config.max_new_tokens)
+    tokenizer = trained.model.tokenizer
     return evaluation.stream(
         trained.model.network,
         tokenizer,
-        prompt,
-        max_new_tokens=config.max_new_tokens,
+        _prompt(trained, Record(instruction, input, "")),
+        max_new_tokens=trained.config.max_new_tokens,
         stop=evaluation.stops(trained.template, tokenizer),
+    )
+
+
+def answers(
+    trained: Trained, prompts: Sequence[Record], progress: Callable[[int, int], None] | None = None
+) -> list[str]:
+    """The model's answer to each instruction, in order, `eval_batch_size` at a time: what `answer` gives, sooner."""
+    tokenizer = trained.model.tokenizer
+    return generation.generate(
+        trained.model.network,
+        tokenizer,
+        [_prompt(trained, record) for record in prompts],
+        max_new_tokens=trained.config.max_new_tokens,
+        batch_size=trained.config.eval_batch_size,
+        stop=evaluation.stops(trained.template, tokenizer),
+        progress=progress,
     )
 
 
@@ -157,22 +176,28 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         at = top if rank is None else {m: min(rank, *progress["shapes"][m]) for m in top}
         adapter = global_adapter(method, standing.state, at)
     config = run.config
-    if merge:
-        model = load(config)
-        save_merged(model, adapter, {}, out)
-        return out
     line = next((line for line in run.metrics if line["round"] == standing.round), {"round": standing.round})
+    made = json.loads((run.folder / "env.json").read_text(encoding="utf-8"))
     facts = {
         "ranks": ranks.counts(standing.table.values()),
         "clients": len(standing.table),
-        "template": config.prompt_template,
+        "template": made.get("template", config.prompt_template),
     }
+    what = TOP
+    if client is not None:
+        what = f"What client {client} runs" + ("." if rank is None else f", cut to rank {rank}.")
+    elif rank is not None:
+        what = f"The best approximation of the global delta weight at rank {rank} in every module."
+    if merge:
+        save_merged(load(config), adapter, {}, out)
+        write_text(out / "README.md", model_card(config, facts, line, what, "transformers"))
+        return out
     save_adapter(
         out,
         adapter,
         base_model=config.model,
         kind=config.lora_scaling,
         alpha=config.lora_alpha,
-        readme=model_card(config, facts, line if client is None and rank is None else {"round": standing.round}),
+        readme=model_card(config, facts, line, what),
     )
     return out

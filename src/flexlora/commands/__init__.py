@@ -1,1 +1,1 @@
-"""Groups of commands that `flexlora.cli` puts together."""
+"""The commands, by what they are for; `flexlora.cli` puts them together."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from cyclopts import App, Parameter
-from rich.console import Console
+from cyclopts import App
+
+from flexlora.commands.options import next_step
+from flexlora.commands.options import out as console
 
 app = App(name="data", help="Prepare, partition and look at the data of a federation.")
-console = Console(highlight=False)
 
 
 @app.command
@@ -24,7 +25,7 @@ def prepare(
 ) -> None:
     """Build the paper's federation from a checkout of allenai/natural-instructions: one task a client.
 
-    Example:
+    For example:
 
         flexlora data prepare --source natural-instructions --out data
 
@@ -78,10 +79,9 @@ def partition(
 
     Columns named as in Alpaca and Dolly are understood; name others with the options below.
 
-    Examples:
+    For example:
 
         flexlora data partition dolly.jsonl --clients 20 --by dirichlet:0.5 --out data
-
         flexlora data partition notes.csv --clients 8 --instruction question --output answer --out data
 
     Parameters
@@ -121,7 +121,7 @@ def partition(
 
 def _made(clients: int, training: int, out: Path) -> None:
     console.print(f"written: {out}: {clients} clients, {training} training examples", markup=False)
-    console.print(f"next: flexlora data inspect {out}", markup=False)
+    next_step(f"flexlora data inspect {out}")
 
 
 @app.command
@@ -134,15 +134,13 @@ def inspect(
     prompt_template: str = "auto",
     cutoff_len: int = 512,
     cache_dir: Path | None = None,
-    picture: Annotated[
-        Path | None, Parameter(help="File for the picture; default: inspect.svg in this folder.")
-    ] = None,
+    picture: Path | None = None,
 ) -> None:
-    """Show a federation: examples, categories, token lengths, truncation, duplicates, label skew; and draw it.
+    """Show a federation: examples, categories, token lengths, truncation, duplicates, label skew.
 
-    Example:
+    For example:
 
-        flexlora data inspect data --model smollm2
+        flexlora data inspect data --model smollm2 --picture data.svg
 
     Parameters
     ----------
@@ -158,6 +156,8 @@ def inspect(
         Tokens of one example, to count what would be cut.
     cache_dir
         Where converted models are kept.
+    picture
+        Draw sizes and lengths into this SVG file.
     """
     from flexlora.data.inspection import inspect as look
     from flexlora.data.inspection import inspection_table
@@ -179,5 +179,6 @@ def inspect(
             progress=lambda done, total: status.update(f"reading {done}/{total}"),
         )
     console.print(inspection_table(found))
-    console.print(f"picture: {write_picture(found, picture or Path('inspect.svg'))}", markup=False)
-    console.print(f"next: flexlora run --data {data} --num_clients {found.clients}", markup=False)
+    if picture is not None:
+        console.print(f"picture: {write_picture(found, picture)}", markup=False, soft_wrap=True)
+    next_step(f"flexlora run --data {data} --num_clients {found.clients}")

@@ -58,6 +58,31 @@ def read_table(
     return records, dropped
 
 
+def read_prompts(source: str | Path) -> list[Record]:
+    """Instructions to be answered, with their inputs: a text file of one a line, or a table as `read_table` takes them.
+
+    Blank lines are left out; answers that a table has are not read. Raises FlexLoraError with one line that names file
+    and row.
+    """
+    path = Path(source)
+    if path.suffix.lower() == ".txt":
+        if not path.is_file():
+            raise FlexLoraError(f"{path}: no such file: give the path of a text file or a table")
+        rows: Sequence[Any] = [{"instruction": line.strip()} for line in _text(path).splitlines() if line.strip()]
+    else:
+        rows = _rows(str(source))
+    if not rows:
+        raise FlexLoraError(f"{path}: holds no instruction: write one a line")
+    prompts = []
+    for number, row in enumerate(rows, start=1):
+        there = row if isinstance(row, dict) else {}
+        fields = [next((there[c] for c in KNOWN_COLUMNS[f] if there.get(c)), "") for f in ("instruction", "input")]
+        if not fields[0] or not all(isinstance(text, str) and len(text) <= MAX_CHARACTERS for text in fields):
+            raise FlexLoraError(f"{path}: row {number} has no instruction that is a text: name that column instruction")
+        prompts.append(Record(fields[0], fields[1], ""))
+    return prompts
+
+
 def _is_empty(item: Mapping[str, Any]) -> bool:
     output = item["output"]
     empty = output is None or output == [] or (isinstance(output, str) and not output.strip())
