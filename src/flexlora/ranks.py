@@ -217,9 +217,12 @@ def largest(table: Iterable[Ranks]) -> Ranks:
 
 
 def label(ranks: Ranks) -> str:
-    """A short name of a rank configuration for people and logs: its distinct ranks, e.g. "8" or "16+48"; many: "3…17"."""
-    values: Sequence[int] = sorted(set(ranks.values()))
-    return "+".join(map(str, values)) if len(values) <= 3 else f"{values[0]}…{values[-1]}"
+    """A short name of a rank configuration for people and logs: its distinct ranks in the order in which modules have them.
+
+    "8"; "16+48" where the first modules have 16, "48+16" where they have 48; "3…17" for more than three ranks.
+    """
+    values: Sequence[int] = list(dict.fromkeys(ranks.values()))
+    return "+".join(map(str, values)) if len(values) <= 3 else f"{min(values)}…{max(values)}"
 
 
 def counts(table: Iterable[Ranks]) -> dict[str, int]:

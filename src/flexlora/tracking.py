@@ -91,8 +91,9 @@ def tracked(names: Sequence[str], notify: Notify) -> Iterator[Notify]:
 
 
 def _tracker(name: str, folder: Path) -> Any:
-    from accelerate import tracking
+    from accelerate import PartialState, tracking
 
+    PartialState(cpu=True)  # its trackers write log lines of their own, which need this
     title = folder.resolve().name
     if name == "tensorboard":
         return tracking.TensorBoardTracker("tensorboard", folder)

@@ -1,0 +1,278 @@
+"""Commands on a tiny run: what they print and write; trackers; model cards; the shell's completion."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flexlora import ranks, tracking
+from flexlora.cli import app, main
+from flexlora.config import Config
+from flexlora.data.tables import read_prompts
+from flexlora.rundir import Run, open_run
+from flexlora.spectrum import advised_ranks, spectra
+from flexlora.trained import standing_at
+from flexlora.types import FlexLoraError
+from tiny import tiny_federation, tiny_model
+
+Command = Callable[..., tuple[str, str, int]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("commands")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Run:
+    """Two rounds, played by the command with a tracker beside it."""
+    model, data = tiny_model(folder / "M"), tiny_federation(folder / "D", 4)
+    keys = {
+        "model": model, "data": data, "participation": 0.5, "rounds": 2, "ranks": "random", "max_new_tokens": 4,
+        "cutoff_len": 128, "validation_examples": 4, "output_dir": folder / "runs", "name": "tracked",
+    }  # fmt: skip
+    words = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
+    main(["run", *words, "--track", "tensorboard", "--quiet"])
+    return open_run(folder / "runs" / "tracked")
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    def call(*words: str) -> tuple[str, str, int]:
+        capsys.readouterr()
+        code = 0
+        try:
+            main(words)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return (*capsys.readouterr(), code)
+
+    return call
+
+
+# --- trackers ----------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_the_figures_of_every_round(run: Run) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    found = events.EventAccumulator(str(run.folder / "tensorboard"))
+    found.Reload()
+    expected: dict[str, list[tuple[int, float]]] = {}
+    for step, line in enumerate([run.base, *run.metrics]):
+        for name, value in tracking.figures(line).items():
+            expected.setdefault(name, []).append((step, value))
+    assert set(expected) <= set(found.Tags()["scalars"])
+    for name, points in expected.items():
+        assert [(e.step, e.value) for e in found.Scalars(name)] == [(s, pytest.approx(v, rel=1e-6)) for s, v in points]
+
+
+def test_figures_of_a_round_are_flat_and_have_names_that_every_tracker_takes() -> None:
+    client = {"bytes_up": 10, "bytes_down": 20}
+    line = {"train_loss": 2.5, "validation": {"loss": 2.0}, "eval": {"rougeL": 0.5, "per_category": {}}}
+    line |= {"clients": [client, client], "failed": [{}], "energy": {"16+48": 0.25}, "seconds": {"train": 3.0}}
+    assert tracking.figures(line) == {
+        "train/loss": 2.5, "validation/loss": 2.0, "eval/rougeL": 0.5, "energy/16_48": 0.25, "seconds/train": 3.0,
+        "clients/answered": 2, "clients/failed": 1, "traffic/bytes_up": 20, "traffic/bytes_down": 40,
+    }  # fmt: skip
+
+
+class Broken:
+    name = "broken"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, call: str) -> Any:
+        def answer(*values: Any, **more: Any) -> None:
+            self.calls.append(call)
+            if call == "log":
+                raise OSError("no\nnetwork")
+
+        return answer
+
+
+def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, seen = Broken(), []
+    monkeypatch.setattr(tracking, "_tracker", lambda name, folder: broken)
+    with tracking.tracked(["tensorboard"], lambda event, facts: seen.append((event, facts))) as notify:
+        notify("start", {"folder": run.folder})
+        notify("base", run.base)
+        notify("saved", {"line": run.metrics[0]})
+    assert broken.calls == ["start", "store_init_configuration", "log"]
+    assert [event for event, _ in seen] == ["start", "base", "note", "saved"]
+    assert seen[2][1]["text"] == "broken takes no more figures of this run: no network"
+
+
+def test_trackers_are_checked_before_anything_is_written(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, said, code = command("run", "--data", "D", "--track", "notebook")
+    assert (said, code) == (
+        "flexlora: track: 'notebook' is no tracker; choose from tensorboard, wandb, mlflow, trackio\n", 2
+    )  # fmt: skip
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
+    _, said, code = command("run", "--data", "D", "--track", "tensorboard,mlflow")
+    assert (said, code) == ("flexlora: track: tensorboard is not installed; pip install tensorboard\n", 2)
+    assert not list(tmp_path.iterdir())
+
+
+# --- generate ----------------------------------------------------------------------------------------------------------
+
+
+def test_answers_from_a_file_are_those_of_single_prompts(
+    command: Command, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [("Say a word.", ""), ("Copy.", "cat"), ("Reverse the list.", "dog, cat")]
+    table = tmp_path / "asked.jsonl"
+    table.write_text("".join(json.dumps({"instruction": a, "input": b}) + "\n" for a, b in asked))
+    target, most = str(run.folder), ("--max_new_tokens", "5")
+    said, _, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"), *most)
+    assert code == 0
+    assert "3 answers" in said
+    answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(a["instruction"], a["input"]) for a in answers] == asked
+    single = [command("generate", target, "--prompt", a, "--input", b, *most)[0].strip("\n") for a, b in asked]
+    assert [a["answer"] for a in answers] == single
+    assert any(single)
+    said, _, _ = command("generate", target, "--file", str(table), *most)
+    shown = said.splitlines()
+    assert [line for line in shown if line.startswith("> ")] == [
+        "> Say a word.",
+        "> Copy. cat",
+        "> Reverse the list. dog, cat",
+    ]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nSay a word.\n\nSay a word.\n"))
+    assert command("generate", target, *most)[0] == f"{single[0]}\n" * 2
+    _, said, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"))
+    assert code == 2
+    assert "exists already; choose another --out" in said
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("One?\n\n  Two?  \n")
+    assert [(p.instruction, p.input) for p in read_prompts(tmp_path / "a.txt")] == [("One?", ""), ("Two?", "")]
+    (tmp_path / "a.csv").write_text("instruction,context\nSum up,a text\n")
+    assert [(p.instruction, p.input) for p in read_prompts(tmp_path / "a.csv")] == [("Sum up", "a text")]
+    for name, text, remedy in (
+        ("b.txt", "\n", "holds no instruction"),
+        ("b.jsonl", '{"instruction": "x"}\n{"question": "y"}\n', "row 2 has no instruction"),
+        ("b.json", "[3]", "row 1 has no instruction"),
+        ("c.jsonl", '{"instruction": ["x"]}\n', "row 1 has no instruction"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(FlexLoraError, match=remedy):
+            read_prompts(tmp_path / name)
+    with pytest.raises(FlexLoraError, match="no such file"):
+        read_prompts(tmp_path / "none.txt")
+
+
+# --- export, inspect, evaluate -----------------------------------------------------------------------------------------
+
+
+def test_cards_tell_method_data_scores_and_privacy(command: Command, run: Run, tmp_path: Path) -> None:
+    best = next(line for line in run.metrics if line["round"] == run.best_round)
+    counts = [client["examples"] for client in best["clients"]]
+    for words, scored, use in (
+        ((), True, "PeftModel.from_pretrained"),
+        (("--rank", "2"), False, "PeftModel.from_pretrained"),
+        (("--merge",), True, "AutoModelForCausalLM.from_pretrained"),
+        (("--client", "0"), False, "What client 0 runs."),
+    ):
+        out = tmp_path / "-".join(("e", *words))
+        assert command("export", str(run.folder), *words, "--out", str(out))[2] == 0
+        text = (out / "README.md").read_text()
+        front = yaml.safe_load(text.split("---\n")[1])
+        assert front["base_model"] == run.config.model
+        assert front["library_name"] == ("transformers" if words == ("--merge",) else "peft")
+        assert "| method | flexlora |" in text
+        assert f"| training examples in this round | {sum(counts)} of {len(counts)} clients" in text
+        assert "| prompt template | chat |" in text
+        assert (f"| validation loss | {best['validation']['loss']:.4f}" in text) == scored
+        assert "There is no differential privacy" in text
+        assert use in text
+    assert (run.adapter / "README.md").read_text() == (tmp_path / "e" / "README.md").read_text()
+
+
+def test_advised_ranks_are_a_file_for_the_next_run(command: Command, run: Run, tmp_path: Path) -> None:
+    path = tmp_path / "enough.yaml"
+    said, _, code = command("inspect", str(run.folder), "--energy", "0.9", "--out", str(path))
+    assert code == 0
+    assert f"next: flexlora run --ranks {path}" in said
+    plan = ranks.read_plan(str(path), lora_r=8, hidden_size=32)
+    shapes = {m: tuple(shape) for m, shape in standing_at(run)[2]["shapes"].items()}
+    ranks.refuse_stray(plan, shapes)
+    found, _ = ranks.resolve(plan.types[plan.type_of(3, seed=1)], shapes)
+    assert found == advised_ranks(spectra(run), 0.9)
+    assert len(set(found.values())) > 1
+    assert command("inspect", str(run.folder), "--out", str(path))[2] == 2
+
+
+def test_scores_as_json_are_those_of_the_predictions(command: Command, run: Run, tmp_path: Path) -> None:
+    said, _, _ = command(
+        "evaluate", str(run.folder), "--data", str(run.config.data), "--examples", "3", "--json",
+        "--predictions", str(tmp_path / "p.jsonl"),
+    )  # fmt: skip
+    scores = json.loads(said)
+    lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert scores["examples"] == len(lines) == 3
+    assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in lines) / 3)
+
+
+def test_inspecting_data_draws_only_when_asked(
+    command: Command, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said, _, _ = command("data", "inspect", str(run.config.data))
+    assert "picture" not in said
+    assert not list(tmp_path.iterdir())
+    said, _, _ = command("data", "inspect", str(run.config.data), "--picture", "d.svg")
+    assert "picture: d.svg" in said
+    assert (tmp_path / "d.svg").read_text().startswith("<svg")
+
+
+# --- help and completion -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words", [(name,) for name in ("run", "resume", "watch", "sweep", "report", "inspect", "evaluate", "generate", "export")]
+    + [("ranks",), ("data", "prepare"), ("data", "partition"), ("data", "inspect"), ("completion",)], ids=" ".join,
+)  # fmt: skip
+def test_help_has_an_example(command: Command, words: tuple[str, ...]) -> None:
+    said, _, _ = command(*words, "--help")
+    _, _, after = said.partition("For example:")
+    examples = [line.strip() for line in after.splitlines() if line.strip().startswith("flexlora ")]
+    assert any(example.startswith(f"flexlora {' '.join(words)} ") for example in examples)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
+def test_bash_completes_commands_options_and_choices(command: Command, tmp_path: Path) -> None:
+    script, _, _ = command("completion", "bash")
+    (tmp_path / "script").write_text(script)
+    asked = {
+        "re": {"report", "resume"},
+        "run --learn": {"--learning_rate"},
+        "run --baseline ''": {"fedavg", "fedit", "slora"},
+        "data pa": {"partition"},
+    }
+    for words, expected in asked.items():
+        ask = (
+            f"source {tmp_path / 'script'}; COMP_WORDS=(flexlora {words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1));"
+            '_flexlora flexlora "${COMP_WORDS[COMP_CWORD]}"; printf "%s\\n" "${COMPREPLY[@]}"'
+        )
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert set(done.stdout.split()) == expected, words
+
+
+def test_every_key_is_an_option_of_run() -> None:
+    known = {name for argument in app["run"].assemble_argument_collection() for name in argument.names}
+    assert {f"--{key}" for key in Config.model_fields} <= known
