@@ -54,7 +54,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
             main(words)
         except SystemExit as stop:
             code = int(stop.code or 0)
-        return (*capsys.readouterr(), code)
+        said, complaint = capsys.readouterr()
+        return said, complaint, code
 
     return call
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,14 @@ from rich.console import Console
 from flexlora.config import Config
 from flexlora.data.demo import write_demo
 from flexlora.data.federation import open_federation
+from flexlora.data.records import Record
 from flexlora.display import display
 from flexlora.evaluation import Scores
 from flexlora.launch import run as launch
 from flexlora.report import write_report
 from flexlora.rundir import Run, write_text
 from flexlora.tables import demo_clients_table, demo_scores_table
-from flexlora.trained import open_trained, score
+from flexlora.trained import Trained, open_trained, score
 from flexlora.types import FlexLoraError
 
 RANKS: dict[str, Any] = {
@@ -47,7 +48,7 @@ SETTINGS: dict[str, Any] = {
     "micro_batch_size": 8,
     "cutoff_len": 160,
     "max_new_tokens": 24,
-    "eval_every": 0,
+    "eval_every": 2,
     "early_stop": False,
     "validation_examples": 48,
 }
@@ -67,19 +68,19 @@ def demo(
         done = launch(config, notify)
     federation = open_federation(data, None)
     own = [record for client in federation.clients for record in federation.test(client)]
-    unseen = federation.global_test()
+    best = next(line for line in done.metrics if line["round"] == done.best_round)
     trained = open_trained(str(done.folder))
     blocks: dict[str, Mapping[str, Scores]] = {}
     with console.status("generating answers") as status:
-        for title, records in (
-            ("new examples, own families", own),
-            ("families nobody trained on", unseen),
+        for title, records, before, after in (
+            ("new examples, own families", own, {}, {}),
+            ("families nobody trained on", federation.global_test(), done.base["eval"], best["eval"]),
         ):
             status.update(f"generating answers: {title}")
             trained.model.detach()
-            before = score(trained, records)
+            base = _scores(trained, records, before)
             trained.model.attach(trained.adapter)
-            blocks[title] = {"base": before, "federated": score(trained, records)}
+            blocks[title] = {"base": base, "federated": _scores(trained, records, after)}
     answers = {title: {who: scores.summary() for who, scores in pair.items()} for title, pair in blocks.items()}
     write_text(done.folder / "answers.json", json.dumps(answers, indent=2) + "\n")
     console.print(demo_scores_table(blocks))
@@ -96,6 +97,13 @@ def demo(
     ):
         console.print(line, markup=False, soft_wrap=True)
     return done
+
+
+def _scores(trained: Trained, records: Sequence[Record], known: Mapping[str, Any]) -> Scores:
+    """Scores of the records; those that the run has logged are not computed again."""
+    if not known:
+        return score(trained, records)
+    return Scores(**{key: value for key, value in known.items() if key != "loss_by_rank"}, predictions=[])
 
 
 def _folder(output_dir: Path, name: str | None) -> Path:
