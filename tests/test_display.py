@@ -69,6 +69,13 @@ def test_without_a_terminal_there_is_one_plain_line_a_round() -> None:
     assert "client 4: lost [its] way" in lines
 
 
+def test_a_sweep_says_which_run_it_plays() -> None:
+    file = io.StringIO()
+    with display("auto", Console(file=file, width=80)) as notify:
+        notify("sweep", {"run": "hetlora-1", "number": 2, "runs": 12})
+    assert file.getvalue() == "run 2 of 12: hetlora-1\n"
+
+
 def test_the_bar_shows_client_speed_and_score_in_80_columns() -> None:
     text = shown(terminal=True)
     bars = [part for part in text.replace("\r", "\n").splitlines() if "tokens/s" in part]

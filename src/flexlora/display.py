@@ -69,6 +69,9 @@ class Display:
     def on_note(self, facts: Mapping[str, Any]) -> None:
         self.say(facts["text"], "dim")
 
+    def on_sweep(self, facts: Mapping[str, Any]) -> None:
+        self.say(f"run {facts['number']} of {facts['runs']}: {facts['run']}", "bold")
+
     def on_start(self, facts: Mapping[str, Any]) -> None:
         held = ", ".join(f"{count} at {label}" for label, count in facts["ranks"].items())
         model = Path(facts["model"]).name or facts["model"]

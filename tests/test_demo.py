@@ -1,0 +1,44 @@
+"""`flexlora demo` on a tiny model: what it prints, and that its scores are those of the model that it saved."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from flexlora import demo
+from flexlora.data.federation import open_federation
+from flexlora.trained import open_trained, score
+from flexlora.types import FlexLoraError
+from tiny import tiny_model
+
+
+def test_demo_tells_what_the_federation_brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {"model": str(tiny_model(tmp_path / "M")), "rounds": 2, "max_new_tokens": 3, "cutoff_len": 64}
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | tiny | {"validation_examples": 4})
+    file = io.StringIO()
+    console = Console(file=file, width=80)
+    done = demo.demo(console, output_dir=tmp_path / "runs", name="d", seed=3, cache_dir=None, quiet=True)
+    said = file.getvalue()
+    assert [line["round"] for line in done.metrics] == [1, 2]
+    held = json.loads((done.folder / "env.json").read_text())["ranks"]
+    assert held == {"4": 4, "16": 2, "16+32": 1, "32+16": 1}  # no module of the tiny model has 48
+    answers = json.loads((done.folder / "answers.json").read_text())
+    trained, federation = open_trained(str(done.folder)), open_federation(done.folder / "data", None)
+    unseen = federation.global_test()
+    again, told = score(trained, unseen), answers["families nobody trained on"]["federated"]
+    assert told["loss"] == pytest.approx(again.loss, rel=1e-5)
+    assert told["rougeL"] == pytest.approx(again.rougeL, rel=1e-5)
+    trained.model.detach()
+    own = [record for client in federation.clients for record in federation.test(client)]
+    for title, records in (("new examples, own families", own), ("families nobody trained on", unseen)):
+        assert answers[title]["base"]["loss"] == pytest.approx(score(trained, records).loss, rel=1e-5)
+        assert title in said
+    assert f"report: {done.folder / 'report.html'}" in said
+    assert "Answers: new examples, own families" in (done.folder / "report.html").read_text()
+    assert f"next: flexlora generate {done.folder} --prompt" in said
+    with pytest.raises(FlexLoraError, match="a run stands there already"):
+        demo.demo(console, output_dir=tmp_path / "runs", name="d", seed=3, cache_dir=None, quiet=True)
