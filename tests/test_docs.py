@@ -24,17 +24,28 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md"])
 FAST = {"--max_new_tokens": "4", "--validation_examples": "4", "--cutoff_len": "64"}
 MOST_ROUNDS = 2
 BLOCK = re.compile(
-    r"(?:<!-- not run(?: by the tests)?: (?P<reason>[^\n]+) -->\n)?```(?:sh|bash|shell)\n(?P<text>.*?)```", re.DOTALL
+    r"(?:<!-- not run(?: by the tests| here)?: (?P<reason>[^\n]+) -->\n)?```(?P<kind>sh|bash|shell|python)\n(?P<text>.*?)```",
+    re.DOTALL,
+)
+HIDDEN = re.compile(
+    r"^(?:    |```\n)(?:flexlora|pip|git|python|make|lm_eval|vllm|ray|flwr|flower-\w+|docker) .*", re.MULTILINE
 )
 
 
 def blocks(page: Path) -> list[tuple[str | None, list[str]]]:
-    """(why it is not run or None, its commands) of every shell block of a page."""
-    found = BLOCK.finditer(page.read_text(encoding="utf-8"))
-    return [
-        (m["reason"], [line for line in m["text"].replace("\\\n", " ").splitlines() if line.strip() and line[0] != "#"])
-        for m in found
-    ]
+    """(why it is not run or None, what it holds) of every block of a page: shell commands, or one piece of Python."""
+    found: list[tuple[str | None, list[str]]] = []
+    for m in BLOCK.finditer(page.read_text(encoding="utf-8")):
+        lines = [x for x in m["text"].replace("\\\n", " ").splitlines() if x.strip() and x[0] != "#"]
+        found.append((m["reason"], [m["text"]] if m["kind"] == "python" else lines))
+    return found
+
+
+def run_python(code: str, model: Path) -> None:
+    """A block of Python on the tiny model, with fewer rounds."""
+    code = code.replace('"smollm2"', repr(str(model)))
+    code = re.sub(r"rounds=\d+", f"rounds={MOST_ROUNDS}, max_new_tokens=4, cutoff_len=64", code)
+    exec(compile(code, "block", "exec"), {})
 
 
 def quick(words: list[str], model: Path) -> list[str]:
@@ -50,7 +61,7 @@ def quick(words: list[str], model: Path) -> list[str]:
 
 
 def write_files(folder: Path) -> None:
-    """What the pages take for granted: `dolly.jsonl`, and a federation in `data` where the page does not make one."""
+    """What the pages take for granted: `dolly.jsonl`, `questions.txt`, and a federation in `data` where the page makes none."""
     kinds = {"closed_qa": "Answer", "summarization": "Sum up", "brainstorming": "Think of"}
     lines = [
         {"instruction": f"{verb} number {i}", "context": "", "response": f"It is {i}", "category": kind}
@@ -58,11 +69,17 @@ def write_files(folder: Path) -> None:
         for i in range(60)
     ]
     (folder / "dolly.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / "questions.txt").write_text("What is 1?\nWhat is 2?\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp("docs") / "model")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_stand_in_blocks_that_are_run_or_say_why_not(page: Path) -> None:
+    assert not HIDDEN.findall(page.read_text(encoding="utf-8")), f"{page.name}: put these into ```sh blocks"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -76,6 +93,10 @@ def test_commands_run_in_the_order_of_the_page(
         if not any("data partition" in line for line in todo):
             main(["data", "partition", "dolly.jsonl", "--clients", "8", "--by", "dirichlet:0.5", "--out", "data"])
     for line in todo:
+        if "\n" in line:
+            with contextlib.redirect_stdout(io.StringIO()):
+                run_python(line, model)
+            continue
         words = shlex.split(line, comments=True)
         assert words[0] == "flexlora", f"{page.name}: {line!r} is no flexlora command: say why it is not run"
         with contextlib.redirect_stdout(io.StringIO()):
