@@ -165,6 +165,18 @@ def test_without_a_checkpoint_the_page_says_what_is_missing(runs: list[Run], tmp
     assert "Spectrum of the global delta weight" not in page
 
 
+def test_privacy_stands_in_the_report_where_it_was_asked_for(runs: list[Run], tmp_path: Path) -> None:
+    assert "Privacy spent" not in run_page(runs[0])
+    folder = tmp_path / "private"
+    shutil.copytree(runs[0].folder, folder)
+    lines = [m | {"privacy": {"epsilon": 1.5 * m["round"], "delta": 1e-5}} for m in runs[0].metrics]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    page = run_page(open_run(folder))
+    assert "ε = 3.00, δ = 1e-05" in page
+    spent = next(f for f in figures(page) if f["layout"]["yaxis"]["title"]["text"] == "ε")
+    assert spent["traces"][0]["y"] == [1.5, 3.0]
+
+
 def test_runs_without_a_round_are_refused(runs: list[Run], tmp_path: Path) -> None:
     folder = tmp_path / "fresh"
     folder.mkdir()

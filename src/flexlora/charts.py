@@ -301,10 +301,17 @@ def cost_charts(run: Run) -> list[Chart]:
         | {"marker": {"color": COLOURS[i % len(COLOURS)]}}
         for i, phase in enumerate(phases)
     ]
+    spent = line("ε", rounds, [(m.get("privacy") or {}).get("epsilon") for m in lines])
     return drawn(
         [
             Chart("Traffic", "Megabytes of adapters, by round.", traffic, axes("round", "MB", barmode="stack")),
             Chart("Time", "Seconds by phase, by round.", seconds, axes("round", "seconds", barmode="stack")),
+            Chart(
+                "Privacy spent",
+                "ε of differential privacy for a whole client, after each round; smaller is more private.",
+                [spent],
+                axes("round", "ε", yaxis_rangemode="tozero"),
+            ),
         ]
     )
 

@@ -92,6 +92,8 @@ def run_facts(run: Run) -> dict[str, str]:
         "traffic": megabytes(got["bytes"]),
         "time": duration(got["seconds"]),
     }
+    if promise := lines[-1].get("privacy"):
+        facts["privacy of a client"] = f"ε = {promise['epsilon']:.2f}, δ = {promise['delta']:.0e}"
     return {name: text for name, text in facts.items() if text != "–"}
 
 
