@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexlora import guard
+from flexlora import guard, lowrank
 from flexlora.collection import examined
 from flexlora.config import Config
 from flexlora.engine import run_rounds
@@ -48,9 +48,9 @@ def factors(rank: int = 3, seed: int = 0, d_out: int = 6, d_in: int = 5) -> LowR
 SENT: dict[str, LowRank | Sparse] = {"a": factors(3, 1), "b": factors(2, 2, 4, 7)}
 
 
-def task_of(sent: Mapping[str, LowRank | Sparse] = SENT) -> TrainTask:
+def task_of(sent: Mapping[str, LowRank | Sparse] = SENT, rule: ClientRule = guard.BOTH_FACTORS) -> TrainTask:
     ranks = {m: len(x.A) for m, x in sent.items() if isinstance(x, LowRank)}
-    return TrainTask(4, 9, ranks, Download(sent, {}, ClientRule()), LocalTraining(), 0, base="smol")
+    return TrainTask(4, 9, ranks, Download(sent, {}, rule), LocalTraining(), 0, base="smol")
 
 
 def good(scale: float = 0.1, **changes: Any) -> ClientUpdate:
@@ -75,8 +75,29 @@ def test_a_good_update_passes_as_it_is() -> None:
     assert passed.sent == SENT
     assert passed.weight == 5.0
     assert dict(passed.metrics) == {"train_loss": 1.5, "examples": 5}
-    smaller = {m: LowRank(x.B[:, :1], x.A[:1]) for m, x in update.adapter.items() if isinstance(x, LowRank)}
-    assert isinstance(guard.examine(replace(update, adapter=smaller), task_of()), ClientUpdate)
+
+
+def at_rank(rank: int) -> ClientUpdate:
+    return good(adapter={m: LowRank(x.B[:, :rank], x.A[:rank]) for m, x in good().adapter.items()})  # pyright: ignore
+
+
+def test_only_who_was_asked_to_prune_sends_fewer_directions() -> None:
+    """Else one client that sends rank 1 would end a run of fedavg or raflora, which take certain ranks alone."""
+    pruning = task_of(rule=ClientRule(prune=(1e-3, 0.5, 2)))
+    assert isinstance(guard.examine(at_rank(2), pruning), ClientUpdate)
+    for rank in (0, 1):
+        assert isinstance(guard.examine(at_rank(rank), pruning), ClientFailure)
+        assert "a has shapes" in refused(at_rank(rank))
+    assert "a has shapes" in refused(at_rank(2))
+
+
+def test_a_part_that_was_not_asked_for_stays_as_it_was_sent() -> None:
+    for part, rule in (("A", ClientRule(train=("B",), send=("B",))), ("B", ClientRule(train=("A",), send=("A",)))):
+        result = guard.examine(good(), task_of(rule=rule))
+        assert isinstance(result, ClientFailure)
+        assert f"another {part} than it was sent" in result.reason
+        mine = noisy_update(9, SENT, seed=3, scale=0.1, parts=rule.send)
+        assert isinstance(guard.examine(mine, task_of(rule=rule)), ClientUpdate)
 
 
 def with_module(x: Any) -> ClientUpdate:
@@ -105,7 +126,16 @@ def broken(place: str, value: float) -> LowRank:
         (with_module(broken("B", math.inf)), "a has values that are not finite"),
         (with_module(LowRank(torch.zeros(6, 3).half(), torch.zeros(3, 5))), "type torch.float16, not torch.float32"),
         (with_module(LowRank(torch.zeros(6, 3).long(), torch.zeros(3, 5))), "type torch.int64"),
+        (with_module(LowRank(torch.zeros(6, 0), torch.zeros(0, 5))), "a has shapes"),
+        (with_module(LowRank(torch.zeros(0, 3), torch.zeros(3, 0))), "a has shapes"),
+        (with_module(LowRank(torch.zeros(6, 3).double(), torch.zeros(3, 5))), "type torch.float64"),
+        (with_module(LowRank(torch.full((6, 3), 65504.0).half() * 2, torch.zeros(3, 5).half())), "type torch.float16"),
+        (with_module(broken("A", 1e30)), "a has values up to 1e+30, at most 1e+06 is let in"),
+        (with_module(broken("B", -2e6)), "a has values up to 2e+06"),
         (good(weight=0.0), "weight 0.0"),
+        (good(weight=0.5), "weight 0.5 is no number of examples"),
+        (good(weight=5e-324), "weight 5e-324"),
+        (good(weight=1.7e308), "weight 1.7e+308"),
         (good(weight=-3.0), "weight -3.0"),
         (good(weight=math.nan), "weight nan"),
         (good(weight=math.inf), "weight inf"),
@@ -159,9 +189,9 @@ def test_bounds_in_the_first_round_and_later() -> None:
     assert isinstance(guard.examine(good(0.01), task_of(), norms=[1.0], limits=Limits(factor=10.0)), ClientUpdate)
 
 
-def dense_increment(update: ClientUpdate, t: float = 1.0) -> dict[str, torch.Tensor]:
-    """By the definition, float64: (B₀ + t dB)(A₀ + t dA) − B₀ A₀, directions that were dropped going to zero."""
-    moved = {}
+def dense_pieces(update: ClientUpdate, t: float = 1.0) -> dict[str, list[torch.Tensor]]:
+    """By the definition, float64: t dB A₀, t B₀ dA, t² dB dA, directions that were dropped going to zero."""
+    found = {}
     assert update.sent is not None
     for m, x in update.adapter.items():
         o = update.sent[m]
@@ -170,42 +200,50 @@ def dense_increment(update: ClientUpdate, t: float = 1.0) -> dict[str, torch.Ten
         B, A = torch.zeros_like(o.B).double(), torch.zeros_like(o.A).double()
         B[:, : len(x.A)], A[: len(x.A)] = x.B.double(), x.A.double()
         B0, A0 = o.B.double(), o.A.double()
-        moved[m] = (B0 + t * (B - B0)) @ (A0 + t * (A - A0)) - B0 @ A0
-    return moved
+        found[m] = [t * (B - B0) @ A0, t * B0 @ (A - A0), t * t * (B - B0) @ (A - A0)]
+    return found
 
 
-def whole_norm(parts: Mapping[str, torch.Tensor]) -> float:
-    return math.sqrt(sum(float(x.square().sum()) for x in parts.values()))
+def dense_increment(update: ClientUpdate, t: float = 1.0) -> dict[str, torch.Tensor]:
+    """(B₀ + t dB)(A₀ + t dA) − B₀ A₀"""
+    return {m: sum(parts[1:], parts[0]) for m, parts in dense_pieces(update, t).items()}
+
+
+def whole_norm(parts: Mapping[str, Sequence[torch.Tensor]]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for xs in parts.values() for x in xs))
 
 
 @settings(max_examples=60)
 @given(
     scale=st.floats(1e-4, 1e3),
     share=st.floats(1e-3, 1.5),
+    share_A=st.floats(1e-3, 1.5),
     rank=st.integers(1, 3),
     seed=st.integers(0, 10**6),
     parts=st.sampled_from([("A", "B"), ("B",), ("A",)]),
 )
 def test_clipping_meets_the_bound_and_keeps_places(
-    scale: float, share: float, rank: int, seed: int, parts: tuple[str, ...]
+    scale: float, share: float, share_A: float, rank: int, seed: int, parts: tuple[str, ...]
 ) -> None:
     update = noisy_update(9, SENT, seed=seed, scale=scale, parts=parts)
     if rank < 3:  # a client that pruned
         x = update.adapter["a"]
         assert isinstance(x, LowRank)
         update = replace(update, adapter={**update.adapter, "a": LowRank(x.B[:, :rank], x.A[:rank])})
-    norm = whole_norm(dense_increment(update))
+    norm, norm_A = whole_norm(dense_pieces(update)), guard.A_norm(update)
     assert guard.increment_norm(update) == pytest.approx(norm, rel=1e-6)
-    bound = share * norm
-    cut = guard.clipped(update, bound)
-    if share >= 1:
+    if len(parts) == 1 and rank == 3:  # one factor frozen: the norm of the product's change
+        assert norm == pytest.approx(whole_norm({m: [d] for m, d in dense_increment(update).items()}), rel=1e-9)
+    cut = guard.clipped(update, share * norm, bound_A=share_A * norm_A if norm_A else math.inf)
+    if share >= 1 and (share_A >= 1 or not norm_A):
         assert cut is update
         return
     t = cut.metrics["clipped"]
     assert 0 < t < 1
-    after = whole_norm(dense_increment(update, t))
-    assert after <= bound
-    assert after >= bound * (1 - 1e-5)
+    reached = whole_norm(dense_pieces(update, t)) / (share * norm)
+    reached_A = t / share_A if norm_A else 0.0
+    assert max(reached, reached_A) <= 1
+    assert max(reached, reached_A) >= 1 - 1e-5
     for m, d in dense_increment(cut).items():
         torch.testing.assert_close(d, dense_increment(update, t)[m], rtol=1e-4, atol=1e-5 * max(1.0, scale))
         x, o = cut.adapter[m], SENT[m]
@@ -216,10 +254,57 @@ def test_clipping_meets_the_bound_and_keeps_places(
             # what was frozen is the same to the bit, and the increment is scaled as a whole
             assert torch.equal(x.A, o.A)
             torch.testing.assert_close(d, t * dense_increment(update)[m], rtol=1e-4, atol=1e-5 * max(1.0, scale))
-    factored = guard.increment(update, t)
-    for m, d in dense_increment(update, t).items():
-        product = factored[m].B.double() @ factored[m].A.double()
-        torch.testing.assert_close(product, d, rtol=1e-4, atol=1e-6 * max(1.0, scale**2))
+
+
+@settings(max_examples=60)
+@given(st.floats(1e-6, 1e6), st.floats(1e-4, 1e2), st.integers(0, 10**6))
+def test_the_change_of_the_product_is_exact_however_its_factors_cancel(k: float, scale: float, seed: int) -> None:
+    """(B₀ / k) (k A₀) changes nothing but rounding, and hides whatever is added to it from a norm taken of Gram matrices."""
+    origin = factors(3, 1)
+    noise = factors(3, seed)
+    x = LowRank((origin.B + scale * noise.B) / k, origin.A * k)
+    found = guard.increment(x, origin)
+    expected = x.B.double() @ x.A.double() - origin.B.double() @ origin.A.double()
+    torch.testing.assert_close(lowrank.delta(found), expected, rtol=0, atol=1e-9 * max(1.0, float(expected.norm())))
+    assert float(lowrank.norm(found)) == pytest.approx(float(lowrank.delta(found).norm()), rel=1e-9)
+
+
+TRICKS = {
+    "mirrored": lambda x: LowRank(-x.B, -x.A),
+    "scaled": lambda x: LowRank(x.B / 1e3, x.A * 1e3),
+    "scaled back": lambda x: LowRank(x.B * 1e3, x.A / 1e3),
+    "A alone": lambda x: LowRank(0 * x.B, 1e4 * x.A),
+    "B alone": lambda x: LowRank(torch.full_like(x.B, 1e4), 0 * x.A),
+    "hidden": lambda x: LowRank((x.B + 10) / 1e5, x.A * 1e5),
+}
+"""What changes products little or not at all, for all that a client can see, and factors much."""
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+@pytest.mark.parametrize("method", ["fedavg", "hetlora", "rbla", "fedex", "flexlora", "raflora"])
+def test_factors_whose_product_hardly_changes_are_no_way_in(method: str, trick: str) -> None:
+    made = get_method(method)
+    ranks: Ranks = {"q": 3}
+    state = made.init({"q": (12, 10)}, 0, [ranks])
+    for round in (1, 2):
+        sent = made.distribute(state, ranks).adapter
+        honest = [noisy_update(i, sent, seed=10 * round + i, scale=0.01) for i in range(5)]
+        norms = [guard.increment_norm(update) for update in honest]
+        lie = ClientUpdate(9, 5.0, {"q": TRICKS[trick](sent["q"])}, sent=sent)
+        task = replace(task_of(sent), round=round)
+        found = guard.examine(lie, task, norms=norms, limits=Limits(factor=50.0))
+        cut = guard.examine(lie, task, norms=norms, limits=Limits(factor=50.0, action="clip"))
+        assert isinstance(cut, ClientUpdate)
+        # As far as one may go, one of six moves the model by what one of its bound can.
+        step = 50 * norms[0]
+        before = lowrank.delta(made.delta(made.aggregate(state, honest))["q"])
+        for update in (found, cut):
+            if isinstance(update, ClientUpdate):
+                after = lowrank.delta(made.delta(made.aggregate(state, [*honest, replace(update, weight=1.0)]))["q"])
+                assert float((after - before).norm()) <= step
+        # B is zero in the first round: its mirror image is itself, and small.
+        assert isinstance(found, ClientFailure) or float(guard.increment_norm(lie)) <= step
+        state = made.aggregate(state, honest)
 
 
 def test_where_one_factor_stays_at_the_client_the_other_is_measured() -> None:
@@ -273,6 +358,9 @@ class Regression:
         factors = {"B": x.B.clone(), "A": x.A.clone()}
         trained = [factors[part].requires_grad_() for part in task.download.rule.train]
         X, Y = self.data[task.client]
+        if "m" in task.download.base_delta:
+            base = task.download.base_delta["m"]
+            Y = Y - X @ base.A.T @ base.B.T
         optimizer = torch.optim.Adam(trained, lr=0.03)
         for _ in range(10):
             optimizer.zero_grad()

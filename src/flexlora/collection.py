@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -146,16 +147,23 @@ def accept(
 def moderated(updates: Iterable[ClientUpdate], log: RoundLog, rule: ClientRule, spool: Spool) -> Iterator[ClientUpdate]:
     """The updates with what one client can do bounded; all of them are waited for, on disk.
 
-    Increments are clipped to the median of their norms and weights cut to the median weight; then the weights become those
-    whose weighted mean is the geometric median of the increments.
+    Increments are clipped to the median of their norms (and of those of dA) and weights cut to the median weight; then the
+    weights become those whose weighted mean is the geometric median of the increments.
     """
-    held = [spool.put(update) for update in updates]
+    held: list[ClientUpdate] = []
+    changes: list[float] = []
+    for update in updates:
+        changes.append(guard.A_norm(update))
+        held.append(spool.put(update))
     if not held:
         return
-    bound, cap = guard.moderate(log.norms, {update.client: update.weight for update in held})
+    bound, bound_A = statistics.median(log.norms.values()), statistics.median(changes)
+    cap = statistics.median(update.weight for update in held)
     held = [
-        spool.put(guard.clipped(spool.take(update), bound, rule)) if log.norms[update.client] > bound else update
-        for update in held
+        spool.put(guard.clipped(spool.take(update), bound, rule, bound_A))
+        if log.norms[update.client] > bound or change > bound_A
+        else update
+        for update, change in zip(held, changes, strict=True)
     ]
     gram = torch.zeros((len(held), len(held)), dtype=torch.float64)
     for module in sorted({module for update in held for module in update.sent or ()}):

@@ -1,10 +1,13 @@
 """Checks on what a client sent, before anything is made of it; and what bounds its increment.
 
-The increment of a client is what it changed, trained minus sent: with B = B₀ + dB and A = A₀ + dA,
-B A − B₀ A₀ = dB A + B₀ dA. An increment that is too large is rejected or clipped. Clipping goes back along the straight
-line from what was trained to what was sent, (B₀ + t dB, A₀ + t dA), to the t at which the norm is the bound: ranks stay,
-and every column stays in its place, so that it is right for every method. Where one factor is frozen this is the usual
-scaling of the increment.
+The increment of a client is what it changed, trained minus sent: with B = B₀ + dB and A = A₀ + dA it has the three pieces
+dB A₀, B₀ dA and dB dA, whose sum is B A − B₀ A₀. Its norm is that of the pieces side by side, not of their sum: a client
+that sends (−B₀, −A₀), or (B₀ / k, k A₀), changes no product, and yet would ruin every method that averages factors.
+Where one factor is frozen only one piece is left and the norm is ‖B A − B₀ A₀‖.
+
+An increment that is too large is rejected or clipped. Clipping goes back along the straight line from what was trained to
+what was sent, (B₀ + t dB, A₀ + t dA), to the t at which the norm is the bound: ranks stay, and every column stays in its
+place, so that it is right for every method. Where one factor is frozen this is the usual scaling of the increment.
 """
 
 from __future__ import annotations
@@ -26,6 +29,15 @@ MEMORY = 256
 ROWS = 128
 """Rows of all increments of a module that stand side by side in memory, dense, when their inner products are taken."""
 
+LARGEST = 1e6
+"""The largest entry of a factor: no training comes near, and sums of products of such numbers are finite in float32."""
+
+MOST_EXAMPLES = 2.0**53
+"""A weight is a number of examples: at least 1, and small enough to be counted."""
+
+CANCELLED = 1e-3
+"""Below this share of its products' norms, the norm of a sum is not read off Gram matrices of its factors."""
+
 BOTH_FACTORS = ClientRule()
 
 MARGIN = 1e-6
@@ -41,7 +53,8 @@ class Limits:
     max_norm: float | None = None
     """Bound of an increment's norm in every round, and the only one in the first."""
     factor: float | None = None
-    """Bound of an increment's norm in multiples of the median of those accepted in earlier rounds."""
+    """Bound of an increment's norm in multiples of the median of those accepted in earlier rounds, and of the change of A
+    in multiples of the A that was sent: where B is still zero, nothing else would show how large A became."""
     action: str = "reject"
     """reject or clip: what happens to an increment beyond its bound."""
 
@@ -73,17 +86,19 @@ def examine(
     if reason is not None:
         return ClientFailure(task.client, f"rejected: {reason}")
     weight = update.weight if limits.max_examples is None else min(update.weight, float(limits.max_examples))
-    metrics = {name: value for name, value in update.metrics.items() if math.isfinite(value)}
+    metrics = {name: value for name, value in update.metrics.items() if abs(value) < MOST_EXAMPLES}
     update = replace(update, sent=task.download.adapter, weight=weight, metrics=metrics)
-    bound = limits.bound(norms)
-    norm = increment_norm(update, task.download.rule)
-    if norm <= bound:
+    rule = task.download.rule
+    bound, norm = limits.bound(norms), increment_norm(update, rule)
+    bound_A, norm_A = math.inf, A_norm(update)
+    if limits.factor is not None:
+        bound_A = limits.factor * math.sqrt(sum(float(o.A.double().square().sum()) for _, _, o in pairs(update)))
+    if norm <= bound and norm_A <= bound_A:
         return update
-    if not math.isfinite(norm):
-        return ClientFailure(task.client, "rejected: its increment is not finite")
-    if limits.action == "reject":
-        return ClientFailure(task.client, f"rejected: its increment has norm {norm:.3g}, at most {bound:.3g} is let in")
-    return clipped(update, bound, task.download.rule)
+    if limits.action == "clip":
+        return clipped(update, bound, rule, bound_A)
+    what, size, most = ("increment has", norm, bound) if norm > bound else ("A has a change of", norm_A, bound_A)
+    return ClientFailure(task.client, f"rejected: its {what} norm {size:.3g}, at most {most:.3g} is let in")
 
 
 def objections(update: ClientUpdate, task: TrainTask) -> Iterator[str]:
@@ -97,25 +112,33 @@ def objections(update: ClientUpdate, task: TrainTask) -> Iterator[str]:
         yield "other modules than it was sent"
         return
     for module, x in update.adapter.items():
-        yield from _misfits(module, x, sent[module])
-    if not 0 < update.weight < math.inf:
-        yield f"weight {update.weight} is not a positive number"
+        yield from _misfits(module, x, sent[module], task.download.rule)
+    if not 1 <= update.weight < MOST_EXAMPLES:
+        yield f"weight {update.weight} is no number of examples"
     for name in ("examples", "bytes_up", "bytes_down"):
         if not 0 <= update.metrics.get(name, 0) < math.inf:
             yield f"{name} is {update.metrics[name]}"
 
 
-def _misfits(module: str, x: LowRank | Sparse, origin: LowRank | Sparse) -> Iterator[str]:
+def _misfits(module: str, x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule) -> Iterator[str]:
     if isinstance(x, LowRank) and isinstance(origin, LowRank):
-        rank = x.A.shape[0] if x.A.dim() == 2 else -1
+        rank, assigned = x.A.shape[0] if x.A.dim() == 2 else -1, origin.A.shape[0]
         fits = (
-            0 <= rank <= origin.A.shape[0]
+            # Only who was asked to prune may send fewer directions.
+            (rank == assigned or (rule.prune is not None and min(rule.prune[2], assigned) <= rank < assigned))
             and x.A.shape == (rank, origin.A.shape[1])
             and x.B.shape == (origin.B.shape[0], rank)
         )
         if not fits:
             yield f"{module} has shapes {tuple(x.B.shape)} and {tuple(x.A.shape)}, not those of its assignment"
         tensors: tuple[tuple[Tensor, Tensor], ...] = ((x.B, origin.B), (x.A, origin.A))
+        for part, (tensor, like) in zip(("B", "A"), tensors, strict=True):
+            if (
+                part not in rule.send
+                and fits
+                and not torch.equal(tensor, like[:, :rank] if part == "B" else like[:rank])
+            ):
+                yield f"{module} has another {part} than it was sent, which it was not asked for"
     elif isinstance(x, Sparse) and isinstance(origin, Sparse):
         if x.values.shape != origin.values.shape or not torch.equal(x.index, origin.index):
             yield f"{module} has other places than it was sent, or another number of them"
@@ -128,6 +151,8 @@ def _misfits(module: str, x: LowRank | Sparse, origin: LowRank | Sparse) -> Iter
             yield f"{module} has numbers of type {tensor.dtype}, not {like.dtype}"
         elif not bool(torch.isfinite(tensor).all()):
             yield f"{module} has values that are not finite"
+        elif tensor.numel() and float(tensor.abs().max()) > LARGEST:
+            yield f"{module} has values up to {float(tensor.abs().max()):.3g}, at most {LARGEST:g} is let in"
 
 
 # --- increments --------------------------------------------------------------------------------------------------------
@@ -151,18 +176,22 @@ def pairs(update: ClientUpdate) -> Iterator[tuple[str, LowRank, LowRank]]:
             yield module, x, origin
 
 
-def increment(update: ClientUpdate, t: float = 1.0) -> dict[str, LowRank]:
-    """What the client changed, module by module, exact in factored form: t dB (A₀ + t dA) + B₀ t dA, float32.
+def increment(x: LowRank, origin: LowRank) -> LowRank | Tensor:
+    """B A − B₀ A₀ in float64, exact to one part in 10⁹ whatever the client sent.
 
-    t below 1: the increment of the update that `clipped` makes.
+    Factored as [dB B₀] [A; dA]; dense where these products cancel so far that a norm read off the factors would be
+    rounding.
     """
-    changed = {}
-    for module, x, origin in pairs(update):
-        dB, dA = change(x, origin)
-        B0, A0 = origin.B.double(), origin.A.double()
-        B, A = torch.cat([t * dB, B0], 1), torch.cat([A0 + t * dA, t * dA])
-        changed[module] = LowRank(B.float(), A.float())
-    return changed
+    dB, dA = change(x, origin)
+    pair = LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([origin.A.double() + dA, dA]))
+    # Both products are off by some 10⁻¹⁶ of this, their squares by as much of its square.
+    whole = float(dB.norm() * (origin.A.double() + dA).norm() + origin.B.double().norm() * dA.norm())
+    return pair if float(lowrank.norm(pair)) > CANCELLED * whole else lowrank.delta(pair)
+
+
+def A_norm(update: ClientUpdate) -> float:
+    """‖dA‖ over all modules that are low-rank."""
+    return math.sqrt(part_squares(update, "A"))
 
 
 def part_squares(update: ClientUpdate, part: str) -> float:
@@ -171,63 +200,59 @@ def part_squares(update: ClientUpdate, part: str) -> float:
     return sum(float(change(x, origin)[place].square().sum()) for _, x, origin in pairs(update))
 
 
-def measured(x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule = BOTH_FACTORS) -> LowRank:
-    """One module's increment as a float64 matrix in factors, whose Frobenius norm and inner products are what counts.
+def pieces(x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule = BOTH_FACTORS) -> list[LowRank]:
+    """One module's increment in parts that cannot cancel, float64 matrices in factors: dB A₀, B₀ dA, dB dA.
 
-    B A − B₀ A₀; where one factor stays at the client (fedsa) the change of the other, since the server knows no product;
-    of a sparse module the change of its values, as a row.
+    Where one factor stays at the client (fedsa) the change of the other, since the server knows no product; of a sparse
+    module the change of its values, as a row.
     """
     if isinstance(x, Sparse) or isinstance(origin, Sparse):
         assert isinstance(x, Sparse)
         assert isinstance(origin, Sparse)
         values = (x.values.double() - origin.values.double())[None]
-        return LowRank(torch.ones((1, 1), dtype=values.dtype), values)
+        return [LowRank(torch.ones((1, 1), dtype=values.dtype), values)]
     dB, dA = change(x, origin)
     if rule.keep:
         part = dB.T if rule.send == ("B",) else dA
-        return LowRank(torch.eye(len(part), dtype=part.dtype), part)
-    return LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([origin.A.double() + dA, dA]))
+        return [LowRank(torch.eye(len(part), dtype=part.dtype), part)]
+    return [LowRank(dB, origin.A.double()), LowRank(origin.B.double(), dA), LowRank(dB, dA)]
+
+
+def measured(x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule = BOTH_FACTORS) -> LowRank:
+    """The pieces of one module's increment below one another, as one matrix."""
+    found = pieces(x, origin, rule)
+    return LowRank(torch.block_diag(*(piece.B for piece in found)), torch.cat([piece.A for piece in found]))
+
+
+def squares(update: ClientUpdate, rule: ClientRule = BOTH_FACTORS) -> tuple[float, float]:
+    """(a, b): along the line from what was sent to what was trained the square of the norm is a t² + b t⁴."""
+    assert update.sent is not None
+    a, b = 0.0, 0.0
+    for module, x in update.adapter.items():
+        found = [float(lowrank.norm(piece)) ** 2 for piece in pieces(x, update.sent[module], rule)]
+        a, b = a + sum(found[:2]), b + sum(found[2:])
+    return a, b
 
 
 def increment_norm(update: ClientUpdate, rule: ClientRule = BOTH_FACTORS) -> float:
-    """Frobenius norm of the increment over all modules, as `measured`."""
-    assert update.sent is not None
-    squares = [float(lowrank.norm(measured(x, update.sent[m], rule))) ** 2 for m, x in update.adapter.items()]
-    return math.sqrt(sum(squares))
+    """Frobenius norm of the pieces of the increment, over all modules."""
+    return math.sqrt(sum(squares(update, rule)))
 
 
-def share_within(update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FACTORS) -> float:
-    """A t in [0, 1] at which the line from what was sent to what was trained reaches `bound`.
+def clipped(
+    update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FACTORS, bound_A: float = math.inf
+) -> ClientUpdate:
+    """The update, moved back towards what was sent until its increment has norm `bound` and its dA `bound_A` at most.
 
-    ‖t P + t² Q‖² with P = dB A₀ + B₀ dA and Q = dB dA is a quartic in t, solved by bisection.
+    As it is where both hold.
     """
-    norm = increment_norm(update, rule)
-    if norm <= bound:
-        return 1.0
-    low_rank = list(pairs(update))
-    if rule.keep or not low_rank:  # the change is linear in t
-        return bound / norm * (1 - MARGIN)
-    a, b, c = 0.0, 0.0, 0.0
-    for _, x, origin in low_rank:
-        dB, dA = change(x, origin)
-        P = LowRank(torch.cat([dB, origin.B.double()], 1), torch.cat([origin.A.double(), dA]))
-        Q = LowRank(dB, dA)
-        a += lowrank.inner([P], [P])
-        b += 2 * lowrank.inner([P], [Q])
-        c += lowrank.inner([Q], [Q])
-    low, high = 0.0, 1.0  # the norm at low is within the bound, at high beyond it
-    for _ in range(60):
-        t = (low + high) / 2
-        inside = t * t * (a + t * (b + t * c)) <= (bound * (1 - MARGIN)) ** 2
-        low, high = (t, high) if inside else (low, t)
-    return low
-
-
-def clipped(update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FACTORS) -> ClientUpdate:
-    """The update, moved back towards what was sent until its increment has norm `bound` at most; as it is where it has."""
-    t = share_within(update, bound, rule)
-    if t == 1.0:
+    a, b = squares(update, rule)
+    norm_A = A_norm(update)
+    if math.sqrt(a + b) <= bound and norm_A <= bound_A:
         return update
+    # a t² + b t⁴ = bound², solved for t² without a difference of near numbers.
+    t = math.sqrt(2 * bound**2 / (a + math.sqrt(a * a + 4 * b * bound**2))) if a + b > bound**2 else 1.0
+    t = min(t, bound_A / norm_A if norm_A > bound_A else 1.0) * (1 - MARGIN)
     assert update.sent is not None
     adapter: dict[str, LowRank | Sparse] = dict(update.adapter)
     for module, x, origin in pairs(update):
@@ -243,14 +268,6 @@ def clipped(update: ClientUpdate, bound: float, rule: ClientRule = BOTH_FACTORS)
 
 
 # --- what one client can do ---------------------------------------------------------------------------------------------
-
-
-def moderate(norms: Mapping[int, float], weights: Mapping[int, float]) -> tuple[float, float]:
-    """(bound of the increments' norms, cap of the weights) of a round with `robust`: the medians over its clients.
-
-    While fewer than half of the clients lie, both stand between the smallest and the largest honest value.
-    """
-    return statistics.median(norms.values()), statistics.median(weights.values())
 
 
 def gram(xs: Sequence[LowRank]) -> Tensor:

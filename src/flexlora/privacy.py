@@ -97,9 +97,11 @@ def _private_delta(
 ) -> ClientUpdate:
     sums = {m: lowrank.Sum(len(_pair(x).B), _pair(x).A.shape[1]) for m, x in top.items()}
     for update in updates:
-        share = guard.share_within(update, mechanism.clip)
-        for module, x in guard.increment(update, share).items():
-            sums[module].add(x, 1.0)
+        changed = {module: guard.increment(x, origin) for module, x, origin in guard.pairs(update)}
+        norm = math.sqrt(sum(float(lowrank.norm(x)) ** 2 for x in changed.values()))
+        share = mechanism.clip / norm if norm > mechanism.clip else 1.0
+        for module, x in changed.items():
+            sums[module].add(lowrank.factored(x), share)
     adapter = {}
     for module, total in sums.items():
         mean = lowrank.delta(total.over(mechanism.cohort)).double()
