@@ -1,8 +1,6 @@
 """A whole federation in this process: the app's two sides over a grid that hands messages straight to the sites."""
 
-import json
 import shutil
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +8,15 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Message
 from safetensors.torch import load
 
-from federation import own_folder
-from flexlora import Config, run
-from flexlora.federate import serve
-from flexlora.rundir import Run, read_metrics
-from flexlora.runners import flower
-from flexlora.runners.flower import client_app
+from flexlora import Config
+from flexlora.rundir import read_metrics
 from flexlora.runners.flower_folder import run_keys, write_folder
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
-
-RANKS = (2, 3, 8, 5)
-
-
-class SitesGrid:
-    """Nodes with their node configs; a message is answered at once. Remembers every message of both ways."""
-
-    def __init__(self, home: Path, run_config: dict[str, Any]) -> None:
-        self.home, self.run_config = home, run_config
-        self.nodes: dict[int, dict[str, Any]] = {}
-        self.sent: list[Message] = []
-        self.replies: dict[str, Message] = {}
-        self.answered: list[Message] = []
-        self.before: Callable[[Message], bool] = lambda message: True
-        """Called with each message that a site gets; False: the site dies of it."""
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            name = f"m{len(self.sent)}"
-            message.metadata.__dict__["_message_id"] = name
-            self.sent.append(message)
-            node = message.metadata.dst_node_id
-            if node not in self.nodes or not self.before(message):
-                self.nodes.pop(node, None)
-                self.replies[name] = Message(Error(2, "the node is\nunavailable"), reply_to=message)
-            else:
-                context = Context(1, node, self.nodes[node], RecordDict(), self.run_config)
-                self.replies[name] = client_app(message, context)
-                self.answered.append(self.replies[name])
-            ids.append(name)
-        return ids
-
-    def pull_messages(self, ids: Iterable[str]) -> Iterable[Message]:
-        # The last one first: the order of arrival must not matter.
-        return [self.replies.pop(name) for name in sorted(ids)[::-1] if name in self.replies]
+from town import Town, in_this_process, participants, state_of
 
 
 @pytest.fixture(scope="module")
@@ -72,72 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(flower, "POLL", 0.0)
-    for name in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-class Town:
-    """Four sites with folders of their own, and the run that they take part in."""
-
-    def __init__(self, tiny: tuple[Path, Path], folder: Path, **keys: Any) -> None:
-        self.folder, self.data = folder, tiny[1]
-        self.keys: dict[str, Any] = {
-            "model": str(tiny[0]),
-            "output_dir": str(folder / "runs"),
-            "name": "federation",
-            "method": "flexlora",
-            "ranks": "homo",
-            "rounds": 2,
-            "participation": 1.0,
-            "learning_rate": 0.01,
-            "lora_dropout": 0.1,
-            "early_stop": False,
-            "min_clients": 1,
-            "round_timeout": 60.0,
-            **keys,
-        }
-        self.grid = SitesGrid(folder, self.keys)
-        self.notes: list[str] = []
-
-    def join(self, *sites: int, **config: Any) -> None:
-        for site in sites:
-            own = self.folder / f"own-{site}"
-            if not own.exists():
-                own_folder(self.data, 4, site, own)
-            self.grid.nodes[1000 - site] = {"partition-id": site, "data": str(own), "rank": RANKS[site], **config}
-
-    def serve(self, on: Callable[[str, Any], None] = lambda event, facts: None, **keys: Any) -> Run:
-        def notify(event: str, facts: Any) -> None:
-            if event == "note":
-                self.notes.append(facts["text"])
-            on(event, facts)
-
-        grid: Any = self.grid
-        return serve(grid, {**self.keys, **keys}, notify)
-
-    def local(self, tiny: tuple[Path, Path], **keys: Any) -> Run:
-        """The same run with every client in this process."""
-        types = {f"r{rank}": rank for rank in RANKS}
-        table = {site: f"r{rank}" for site, rank in enumerate(RANKS)}
-        values = {
-            **self.keys,
-            "ranks": {"types": types, "clients": table},
-            "data": tiny[1],
-            "name": "local",
-            "eval_every": 0,
-            **keys,
-        }
-        return run(Config(**values))
-
-
-def state_of(done: Run, round: int) -> bytes:
-    return (done.checkpoints / f"round-{round:04d}" / "state.safetensors").read_bytes()
-
-
-def participants(done: Run) -> list[list[int]]:
-    return [[c["id"] for c in line["clients"]] for line in read_metrics(done.folder)]
+    in_this_process(monkeypatch, tmp_path / "home")
 
 
 @pytest.mark.parametrize(
@@ -179,47 +69,6 @@ def test_fedsa_keeps_b_at_the_site_through_a_restart(tiny: tuple[Path, Path], tm
     shutil.rmtree(tmp_path / "kept-2")
     other = town.serve(rounds=4)
     assert state_of(other, 4) != state_of(town.local(tiny, rounds=4, name="longer"), 4)
-
-
-def test_only_adapters_counts_and_figures_leave_a_site(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    town = Town(tiny, tmp_path)
-    town.join(0, 1)
-    town.serve()
-    words = [
-        record[key]
-        for site in (0, 1)
-        for record in json.loads((tmp_path / f"own-{site}" / "local_training_0.json").read_text())
-        for key in ("input", "output", "instruction")
-        if len(record[key]) > 3
-    ]
-    assert len(words) > 10
-    kinds = set()
-    for message in town.grid.answered:
-        assert set(message.content) == {"facts", "adapters"}
-        record = message.content["facts"]
-        assert isinstance(record, ConfigRecord)
-        assert set(record) == {"json", "run"}
-        facts = json.loads(str(record["json"]))
-        kind = message.metadata.message_type
-        kinds.add(kind)
-        allowed = {
-            "query.capabilities": {"client", "examples", "rank"},
-            "train": {"kind", "client", "weight", "round", "base", "metrics"},
-            "evaluate": {"kind", "client", "loss_sum", "tokens", "examples"},
-        }[kind]
-        assert set(facts) == allowed
-        assert all(isinstance(v, (int, float)) for v in facts.get("metrics", {}).values())
-        arrays: Any = message.content["adapters"]
-        assert list(arrays) == (["adapter"] if kind == "train" else [])
-        everything = str(record["json"]).encode()
-        for array in arrays.values():
-            everything += array.data
-            tensors = load(array.data)
-            assert {name.rsplit(".", 1)[-1] for name in tensors} == {"A", "B"}
-            rank = RANKS[facts["client"]]
-            assert {t.shape[0 if n.endswith("A") else 1] for n, t in tensors.items()} == {rank}
-        assert not [word for word in words if word.encode() in everything]
-    assert kinds == {"query.capabilities", "train", "evaluate"}
 
 
 def test_claims_are_capped_with_a_line(tiny: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -52,6 +53,8 @@ class Site:
     """Folder of the parts that never leave a client (FedSA's B): `{client}/round-0003.safetensors`."""
     eval_batch_size: int = 16
     wire_dtype: torch.dtype = torch.float32
+    says: Callable[[BaseException], str] | None = None
+    """What of an error leaves the site; None: all of it, on one line."""
 
 
 def open_site(config: Config, kept: Path) -> Site:
@@ -106,7 +109,7 @@ def work(site: Site, task: TrainTask, dtype: torch.dtype) -> Parcel:
         update = training.train_client(site.model, replace(task, download=download), examples)
         keep(site, task.client, task.round, update.adapter, rule.keep)
     except FAILURES as error:
-        return wire.pack_failure(ClientFailure(task.client, one_line(error)))
+        return wire.pack_failure(ClientFailure(task.client, (site.says or one_line)(error)))
     metrics = {**update.metrics, "seconds": time.perf_counter() - begin}
     return wire.pack_update(replace(update, metrics=metrics, round=task.round, base=base), rule, dtype)
 
@@ -156,7 +159,7 @@ def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> Cl
             pad_id=site.model.tokenizer.pad_token_id,
         )
     except FAILURES as error:
-        return ClientFailure(task.client, one_line(error))
+        return ClientFailure(task.client, (site.says or one_line)(error))
     finally:
         site.model.detach()
     return ClientScore(task.client, sum(result.sums), sum(result.tokens), len(examples))

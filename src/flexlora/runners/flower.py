@@ -11,6 +11,7 @@ import json
 import os
 import re
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -318,8 +319,16 @@ def _model(keys: str) -> Model:
     return client.load(Config(**json.loads(keys)))
 
 
+def discreet(error: BaseException) -> str:
+    """What the server is told of an error: our own errors name files and places, any other may quote the data."""
+    if isinstance(error, FlexLoraError):
+        return client.one_line(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}; its site's log says more"
+
+
 def answer(message: Message, context: Context) -> Message:
-    """Perform the parcel in a message."""
+    """Perform the parcel in a message. Whatever fails is answered: what Flower would say of an exception quotes it."""
     try:
         parcel, run = parcel_of(message.content)
         config = site_config(context)
@@ -330,10 +339,11 @@ def answer(message: Message, context: Context) -> Message:
             TokenCache(),
             kept_folder(context, run),
             config.eval_batch_size,
+            says=discreet,
         )
         reply = client.perform(site, parcel)
-    except (KeyError, *client.FAILURES) as error:
-        reply = wire.pack_failure(ClientFailure(-1, client.one_line(error)))
+    except Exception as error:
+        reply = wire.pack_failure(ClientFailure(-1, discreet(error)))
     return Message(records(reply), reply_to=message)
 
 
@@ -358,6 +368,6 @@ def capabilities(message: Message, context: Context) -> Message:
         examples = len(own_data(site_config(context), partition).train(partition))
         facts: dict[str, Any] = {"client": partition, "examples": examples}
         facts |= {name: node[name] for name in ("rank", "memory") if name in node}
-    except client.FAILURES as error:
-        facts = {"error": client.one_line(error)}
+    except Exception as error:
+        facts = {"error": discreet(error)}
     return Message(records(Parcel(json.dumps(facts))), reply_to=message)
