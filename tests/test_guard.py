@@ -1,12 +1,10 @@
-"""What a client may send, what is made of increments that are too large, and what attackers can do in a whole run."""
+"""What a client may send, and what is made of increments that are too large. Whole runs with liars: test_attacks.py."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +15,11 @@ from hypothesis import strategies as st
 from flexlora import guard, lowrank
 from flexlora.collection import examined
 from flexlora.config import Config
-from flexlora.engine import run_rounds
 from flexlora.guard import Limits
 from flexlora.launch import mechanism_of, refuse_few
 from flexlora.methods import get_method
-from flexlora.randomness import generator
-from flexlora.rundir import create_run
-from flexlora.standing import Setup, last_standing
 from flexlora.types import (
     ClientFailure,
-    ClientInfo,
     ClientRule,
     ClientUpdate,
     Download,
@@ -329,118 +322,7 @@ def test_norms_are_remembered_by_kind_of_round() -> None:
     assert guard.kind(ClientRule()) != guard.kind(ClientRule(train=("values",)))
 
 
-# --- attackers in a whole run -------------------------------------------------------------------------------------------
-
-D_OUT, D_IN, EXAMPLES = 12, 16, 40
-
-
-class Regression:
-    """Runner and scorer at once: clients fit Y = X Wᵀ with LoRA by Adam, their W_i around one W; some clients lie."""
-
-    def __init__(self, table: Mapping[int, Ranks], attack: str | None) -> None:
-        self.table, self.attack = table, attack
-        g = torch.Generator().manual_seed(11)
-        truth = torch.randn(D_OUT, 3, generator=g) @ torch.randn(3, D_IN, generator=g) / 2
-        self.data = {}
-        for client in table:
-            own = truth + 0.04 * torch.randn(D_OUT, D_IN, generator=g)  # no client's task is quite another's
-            X = torch.randn(EXAMPLES, D_IN, generator=g)
-            self.data[client] = (X, X @ own.T + 0.1 * torch.randn(EXAMPLES, D_OUT, generator=g))
-        X = torch.randn(500, D_IN, generator=g)
-        self.held_out = (X, X @ truth.T + 0.1 * torch.randn(500, D_OUT, generator=g))
-
-    def clients(self) -> Mapping[int, ClientInfo]:
-        return {client: ClientInfo() for client in self.table}
-
-    def honest(self, task: TrainTask) -> ClientUpdate:
-        x = task.download.adapter["m"]
-        assert isinstance(x, LowRank)
-        factors = {"B": x.B.clone(), "A": x.A.clone()}
-        trained = [factors[part].requires_grad_() for part in task.download.rule.train]
-        X, Y = self.data[task.client]
-        if "m" in task.download.base_delta:
-            base = task.download.base_delta["m"]
-            Y = Y - X @ base.A.T @ base.B.T
-        optimizer = torch.optim.Adam(trained, lr=0.03)
-        for _ in range(10):
-            optimizer.zero_grad()
-            (X @ factors["A"].T @ factors["B"].T - Y).square().mean().backward()
-            optimizer.step()
-        adapter = {"m": LowRank(factors["B"].detach(), factors["A"].detach())}
-        return ClientUpdate(task.client, float(EXAMPLES), adapter, metrics={"examples": EXAMPLES})
-
-    def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
-        for task in tasks:
-            update = self.honest(task)
-            yield self.lie(task, update) if self.attack and task.client % 5 == 0 else update
-
-    def lie(self, task: TrainTask, update: ClientUpdate) -> ClientUpdate:
-        x, o = update.adapter["m"], task.download.adapter["m"]
-        assert isinstance(x, LowRank)
-        assert isinstance(o, LowRank)
-        g = generator(task.seed, "attack")
-        if self.attack == "flip":  # ten times the increment, the other way
-            return replace(
-                update, adapter={"m": LowRank(o.B - 10 * (x.B - o.B), o.A - 10 * (x.A - o.A) * (x.A != o.A))}
-            )
-        if self.attack == "noise":
-            noise = LowRank(
-                o.B + 3 * torch.randn(o.B.shape, generator=g), o.A + 3 * torch.randn(o.A.shape, generator=g)
-            )
-            return replace(update, adapter={"m": noise})
-        if self.attack == "weight":
-            flipped = LowRank(o.B - (x.B - o.B), o.A - (x.A - o.A))
-            return replace(update, adapter={"m": flipped}, weight=1e6)
-        return replace(update, adapter={"m": LowRank(x.B * math.nan, x.A)})
-
-    def validate(self, adapter: Mapping[str, Any]) -> Mapping[str, Any]:
-        X, Y = self.held_out
-        return {"loss": float((X @ adapter["m"].A.T @ adapter["m"].B.T - Y).square().mean())}
-
-    def evaluate(self, *args: Any) -> Any:
-        return {}
-
-    def save(self, folder: Path, adapter: Any, facts: Any) -> None:
-        folder.mkdir()
-
-    def close(self) -> None: ...
-
-
-def held_out_loss(folder: Path, attack: str | None, method: str, rounds: int = 15, **keys: Any) -> float:
-    """Of the last round, which is what the server ends with."""
-    sizes = (4, 4, 4) if method in ("fedavg", "fedex") else (3, 4, 6)
-    table: dict[int, Ranks] = {client: {"m": sizes[client % 3]} for client in range(20)}
-    both: Any = Regression(table, attack)
-    values = {"participation": 1.0, "rounds": rounds, "early_stop": False, "eval_every": 0, "method": method, **keys}
-    config = Config(**values, output_dir=folder, name="r")
-    setup = Setup(config, get_method(method), {"m": (D_OUT, D_IN)}, table, "chat", both, None)
-    run = create_run(config, folder / "r", {})
-    quiet = lambda event, facts: None  # noqa: E731
-    run_rounds(setup, both, run, last_standing(setup, run, quiet), quiet)
-    return run.metrics[-1]["validation"]["loss"]
-
-
-@pytest.mark.parametrize("method", ["flexlora", "fedavg"])
-def test_a_fifth_of_the_clients_lies(tmp_path: Path, method: str) -> None:
-    """Sign flip ×10, noise, huge weight, NaN: with `robust` within 10 % of the run without them; without it, destroyed."""
-    rounds = 10 if method == "flexlora" else 20
-    without = held_out_loss(tmp_path / "without", "nan", method, rounds, norm_factor=None)  # NaN: they are left out
-    for attack in ("flip", "noise", "weight", "nan"):
-        bounded = held_out_loss(tmp_path / attack, attack, method, rounds, robust=True)
-        assert bounded <= 1.1 * without, attack
-        if attack != "nan" and method == "flexlora":
-            believed = held_out_loss(tmp_path / f"{attack}-believed", attack, method, rounds, norm_factor=None)
-            assert not believed <= 10 * without, attack
-
-
-def test_rejections_are_counted_and_named_and_touch_nothing(tmp_path: Path) -> None:
-    for folder, attack in (("nan", "nan"), ("gone", None)):
-        held_out_loss(tmp_path / folder, attack, "flexlora", 2)
-    lines = [json.loads(text) for text in (tmp_path / "nan" / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["rejected"] for line in lines] == [4, 4]
-    assert [c["id"] for c in lines[0]["failed"]] == [0, 5, 10, 15]
-    assert {c["failed"] for c in lines[0]["failed"]} == {"rejected: m has values that are not finite"}
-    assert len(lines[0]["clients"]) == 16
+# --- the robust mean, answers, options ------------------------------------------------------------------------------------
 
 
 def test_the_geometric_median_against_a_dense_search() -> None:

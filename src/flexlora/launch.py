@@ -29,6 +29,9 @@ from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
 
+NOT_ROBUST = {"rbla": "averages the last directions over the few clients that hold them"}
+"""Method -> why `robust` promises nothing there."""
+
 DP_INSTEAD = {"robust": "clips and weighs alike", "min_clients": "counts every round, whoever came"}
 
 
@@ -116,6 +119,11 @@ def method_of(config: Config) -> Method:
     if config.baseline == "slora" and name != "slora":
         options |= {"then": name}
         name = "slora"
+    for method in (name, options.get("then")):
+        if config.robust and method in NOT_ROBUST:
+            raise FlexLoraError(
+                f"robust: does not go with method {method}, which {NOT_ROBUST[method]}; use hetlora or flexlora, or leave it out"
+            )
     # A key of the configuration that the method, or slora's successor, takes is passed on under its own name.
     known = {*method_entry(name).options, *method_entry(options.get("then", name)).options}
     for key in ("sparse_rounds", "handle_alpha", "prune_lambda", "prune_gamma"):
