@@ -241,6 +241,28 @@ def test_inspecting_data_draws_only_when_asked(
     assert (tmp_path / "d.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("generate RUNS/frist --prompt x", "RUNS/frist: no such folder; give a run folder"),
+        ("export RUN --rank 0 --out E", "rank: 0 is none; give a whole number from 1"),
+        ("report", "requires an argument. See `flexlora report --help`."),
+        ("data partition", "See `flexlora data partition --help`."),
+        ("run --learning_rat 3", "Did you mean --learning_rate?"),
+        ("generate RUN --prompt x --file y", "file: --prompt is given too"),
+        ("generate RUN --prompt x --out y", "out: goes with --file"),
+        ("completion csh", "Choose from"),
+    ],
+)
+def test_errors_are_one_line_that_names_the_next_step(command: Command, run: Run, words: str, line: str) -> None:
+    places = {"RUNS": str(run.folder.parent), "RUN": str(run.folder)}
+    given = [word.replace("RUNS", places["RUNS"]).replace("RUN", places["RUN"]) for word in words.split()]
+    said, complaint, code = command(*given)
+    assert (said, code) == ("", 2)
+    assert line.replace("RUNS", places["RUNS"]) in complaint
+    assert complaint.count("\n") == 1
+
+
 # --- help and completion -----------------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,8 @@ def main(words: Sequence[str] | None = None) -> None:
     except FlexLoraError as error:
         fail(str(error))
     except CycloptsError as error:
-        fail(str(error))
+        command = " ".join(("flexlora", *(error.command_chain or ())))
+        fail(str(error) if "Did you mean" in str(error) else f"{error} See `{command} --help`.")
     except KeyboardInterrupt as stop:
         # Raised with the run folder once there are rounds to go on from.
         saved = f"; finished rounds are saved, go on with `flexlora resume {stop}`" if str(stop) else ""

@@ -42,8 +42,16 @@ def open_trained(target: str, changes: Mapping[str, Any] | None = None) -> Train
     """
     changes = dict(changes or {})
     folder = Path(target)
+    # A slip in a path must not become the name of a model that is looked for elsewhere.
+    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+        raise FlexLoraError(f"{target}: no such folder; give a run folder, an adapter's folder or a model's name")
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
+        if not run.adapter.is_dir() and run.metrics and method_of(run.config).personal:
+            raise FlexLoraError(
+                f"{folder}: method {run.config.method_name} has no global model; choose a client with "
+                f"`flexlora export {folder} --client 0 --out DIR`"
+            )
         if not run.adapter.is_dir():
             raise FlexLoraError(f"{folder}: has no adapter yet; finish a round with `flexlora resume {folder}`")
         config = run.config.model_copy(update=changes)
@@ -162,6 +170,8 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
 
     A PEFT folder, or with `merge` a whole model. Raises FlexLoraError where `out` is taken or the method has no global model.
     """
+    if rank is not None and rank < 1:
+        raise FlexLoraError(f"rank: {rank} is none; give a whole number from 1")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise FlexLoraError(f"{out}: exists already; choose another --out")
     method, standing, progress = standing_at(run)
