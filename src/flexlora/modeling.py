@@ -57,8 +57,6 @@ class Model:
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
         self.shares_prefix: bool = plain_attention(network)
         """Whether `read_prefix` is exact for this architecture."""
-        self._keep: Tensor | None = None
-        network.get_output_embeddings().register_forward_pre_hook(self._select)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -159,28 +157,14 @@ class Model:
         more: dict[str, Any] = {"use_cache": False}
         if prefix is not None:
             more = {"use_cache": True, "past_key_values": prefix.cache(len(input_ids))}
-        with self._only(keep):
+        with logits_at(self.network, keep):
             return self.network(input_ids=input_ids, **more).logits[0]
 
     def read_prefix(self, input_ids: Tensor, keep: Tensor) -> tuple[Prefix, Tensor]:
         """Run the (length,) tokens that several sequences begin with, once; also their logits at the positions `keep`."""
-        with self._only(keep):
+        with logits_at(self.network, keep):
             out = self.network(input_ids=input_ids[None], use_cache=True)
         return Prefix([(x.keys, x.values) for x in out.past_key_values.layers]), out.logits[0]
-
-    @contextmanager
-    def _only(self, keep: Tensor) -> Iterator[None]:
-        self._keep = keep
-        try:
-            yield
-        finally:
-            self._keep = None
-
-    def _select(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        # In front of the output layer, so that what an architecture does to its logits afterwards still happens.
-        if self._keep is None:
-            return None
-        return (inputs[0].flatten(0, -2)[self._keep].unsqueeze(0),)
 
 
 def _target_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
@@ -357,9 +341,13 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         tensors = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        if not isinstance(config, dict):
+            raise ValueError(f"{CONFIG} holds no object")
+    # Shapes that no tensor can have, types that torch does not know and JSON without end have errors of their own.
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [""])[0]
         raise FlexLoraError(
-            f"{folder}: {CONFIG} or {WEIGHTS} cannot be read ({error}); save the adapter again"
+            f"{folder}: {CONFIG} or {WEIGHTS} cannot be read ({reason}); save the adapter again"
         ) from error
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("bias", "none") != "none":
         raise FlexLoraError(

@@ -17,12 +17,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+def printable(text: object) -> str:
+    """What somebody else says, fit for a terminal, a log and a page: one line without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).splitlines()))
+
+
 class FlexLoraError(Exception):
     """Something the user can mend: the message is one line that names the option or file and the remedy."""
 
     def __init__(self, message: str) -> None:
-        # What the message quotes (a key, a file's name) may hold a line break.
-        super().__init__(" ".join(message.splitlines()))
+        # What the message quotes (a key, a file's name) may hold a line break, or what makes a terminal obey.
+        super().__init__(printable(message))
 
 
 class LowRank(NamedTuple):

@@ -31,6 +31,7 @@ from flexlora.types import (
     LowRank,
     Sparse,
     TrainTask,
+    printable,
 )
 
 PARTS = ("A", "B", "values")
@@ -71,8 +72,9 @@ def decode(message: bytes) -> dict[str, dict[str, Tensor]]:
     """module -> part -> tensor. Raises FlexLoraError where the message is no safetensors file or names no part."""
     try:
         tensors = load(message)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise FlexLoraError(f"message is not safetensors: {error}") from None
+    # Sizes that no tensor can have pass the format where another one is zero; torch then has its own words for it.
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise FlexLoraError(f"message is not safetensors: {one_line(error, 200)}") from None
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.rpartition(".")
@@ -98,7 +100,12 @@ def complete(
     for module, origin in sent.items():
         if module not in received:
             continue
-        taken = {part: t.float() for part, t in received[module].items() if part in wanted}
+        taken = {}
+        for part, tensor in received[module].items():
+            if not tensor.is_floating_point():
+                raise FlexLoraError(f"message has numbers of type {tensor.dtype} in {module}")
+            if part in wanted:
+                taken[part] = tensor.float()
         if isinstance(origin, Sparse):
             if "values" not in taken:
                 raise FlexLoraError(f"message has no values of {module}")
@@ -107,6 +114,8 @@ def complete(
             B, A = taken.get("B", origin.B), taken.get("A", origin.A)
             if B.dim() != 2 or A.dim() != 2:
                 raise FlexLoraError(f"message has factors of {module} that are no matrices")
+            if {"A", "B"} <= set(taken) and B.shape[1] != A.shape[0]:
+                raise FlexLoraError(f"message has factors of {module} of ranks {B.shape[1]} and {A.shape[0]}")
             # A client that pruned its rank sends fewer directions: the first ones.
             rank = min(B.shape[1], A.shape[0])
             adapter[module] = LowRank(B[:, :rank], A[:rank])
@@ -291,8 +300,13 @@ def _answer(parcel: Parcel, kind: str) -> dict[str, Any] | str:
     if not isinstance(facts, dict) or facts.get("kind") not in (kind, "failure"):
         raise FlexLoraError(f"its answer is no {kind}")
     if facts["kind"] == "failure":
-        return " ".join(str(facts.get("reason")).split())[:500]
+        return one_line(facts.get("reason"))
     return facts
+
+
+def one_line(text: Any, most: int = 500) -> str:
+    """What somebody else says, on one line of `most` characters."""
+    return printable(" ".join(str(text).split()))[:most]
 
 
 def _number(x: Any) -> bool:

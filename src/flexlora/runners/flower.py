@@ -179,7 +179,7 @@ class FlowerRunner:
         for message, reply in self._replies(list(pending), timeout):
             task = pending.pop(message)
             if reply.has_error():
-                reason = " ".join(str(reply.error.reason or f"error {reply.error.code}").split())[:300]
+                reason = wire.one_line(reply.error.reason or f"error {reply.error.code}", 300)
                 yield task, ClientFailure(task.client, f"its site failed: {reason}")
                 continue
             try:
@@ -217,7 +217,7 @@ class FlowerRunner:
             node = sent[message]
             try:
                 if reply.has_error():
-                    raise FlexLoraError(" ".join(str(reply.error.reason).split())[:300])
+                    raise FlexLoraError(wire.one_line(reply.error.reason, 300))
                 self._nodes[node] = self._capped(*stated(parcel_of(reply.content)[0].facts))
             except FlexLoraError as error:
                 self._nodes[node] = None
@@ -242,7 +242,7 @@ def stated(facts: str) -> tuple[int, ClientInfo]:
         if not isinstance(given, dict):
             raise ValueError("no object")
         if "error" in given:
-            raise FlexLoraError(" ".join(str(given["error"]).split())[:300])
+            raise FlexLoraError(wire.one_line(given["error"], 300))
         numbers = [given.get(name) for name in ("client", "examples", "rank", "memory")]
         least = (0, 1, 1, 1)
         for number, at_least in zip(numbers, least, strict=True):
