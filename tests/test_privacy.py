@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from flexlora import guard, lowrank, privacy, sampling
+from flexlora.card import model_card
+from flexlora.config import Config
+from flexlora.engine import run_rounds
 from flexlora.methods import get_method, methods
-from flexlora.types import ClientUpdate, FlexLoraError, LowRank, Ranks
+from flexlora.rundir import Run, create_run
+from flexlora.standing import Setup, last_standing
+from flexlora.types import ClientInfo, ClientUpdate, FlexLoraError, LowRank, Ranks
 from noisy import noisy_update
 
 SHAPES = {"q": (12, 10), "down": (8, 14)}
@@ -133,9 +141,11 @@ def test_noise_has_its_deviation_and_an_empty_round_is_noise_alone(name: str) ->
         assert float(n.std()) == pytest.approx(loud.deviation, rel=0.05)
         assert abs(float(n.mean())) < 4 * loud.deviation / math.sqrt(n.numel())
     # other rounds, modules and secrets have other noise; the same ones the same, so that a resumed run is the same run
-    again = privacy.gaussian(noise["q"].shape, loud, 5, 1, "q")
+    still = torch.zeros(noise["q"].shape, dtype=torch.float64)
+    again = privacy.gaussian(still, loud, 5, 1, "q")
     torch.testing.assert_close(again, noise["q"], rtol=0, atol=1e-6)
-    others = [privacy.gaussian(noise["q"].shape, loud, *key) for key in ((6, 1, "q"), (5, 2, "q"), (5, 1, "down"))]
+    others = [privacy.gaussian(still, loud, *key) for key in ((6, 1, "q"), (5, 2, "q"), (5, 1, "down"))]
+    others.append(privacy.gaussian(still + 1e-9, loud, 5, 1, "q"))  # the same round with other answers
     for other in others:
         r = float(torch.corrcoef(torch.stack([other.flatten(), again.flatten()]))[0, 1])
         assert abs(r) < 4 / math.sqrt(again.numel())
@@ -158,6 +168,141 @@ def test_the_noised_mean_is_what_the_method_makes_its_global_model() -> None:
         for m in SHAPES:
             step = sum((dense(u.adapter)[m] - dense(top)[m] for u in updates), torch.zeros(SHAPES[m]).double()) / 10.0
             torch.testing.assert_close(after[m], before[m] + step, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flexlora", "flexlora-carry"])
+def test_factors_that_cancel_do_not_break_the_bound(name: str) -> None:
+    """(B₀ / k)(k A₀) changes next to nothing; the rounding of huge terms that cancel must not enter the sum unclipped."""
+    method, state = started(name)
+    quiet = mechanism(name, noise=1e-30, clip=0.01)
+    top = method.distribute(state, TOP).adapter
+    without = dense(privacy.private_update([], top, quiet, seed=1, round=2).adapter)
+    for k in (1e2, 1e4, 1e6, 1e-4, 1e-6):
+        adapter = {m: LowRank(x.B / k, x.A * k) for m, x in top.items() if isinstance(x, LowRank)}
+        update = ClientUpdate(0, 1.0, adapter, sent=top)
+        with_it = dense(privacy.private_update([update], top, quiet, seed=1, round=2).adapter)
+        moved = math.sqrt(sum(float((with_it[m] - without[m]).square().sum()) for m in SHAPES))
+        assert moved <= quiet.clip / quiet.cohort * (1 + 1e-3)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------------
+
+CLIENTS = 6
+
+
+class Answers:
+    """Runner and scorer at once; every client adds noise of its own, always the same in a round."""
+
+    def clients(self) -> Any:
+        return {client: ClientInfo() for client in range(CLIENTS)}
+
+    def train(self, round: int, tasks: Any) -> Any:
+        for task in tasks:
+            made = noisy_update(task.client, task.download.adapter, seed=task.seed, parts=task.download.rule.train)
+            yield replace(made, metrics={"examples": 1.0, "train_loss": 1.0})
+
+    def evaluate(self, *args: Any) -> Any:
+        return {}
+
+    def validate(self, adapter: Any) -> Any:
+        return {"loss": 1.0, "tokens": 1, "examples": 1}
+
+    def save(self, folder: Path, adapter: Any, facts: Any) -> None:
+        folder.mkdir()
+        save_file(
+            {f"{m}.{p}": getattr(x, p).contiguous().clone() for m, x in adapter.items() for p in "AB"},
+            folder / "adapter.safetensors",
+        )
+
+    def close(self) -> None: ...
+
+
+def play(folder: Path, *, rounds: int = 6, rate: float = 0.3, secret: Path | None = None, name: str = "ffa") -> Run:
+    pytest.importorskip("dp_accounting")
+    both: Any = Answers()
+    values: dict[str, Any] = {"participation": rate, "rounds": rounds, "method": name, "dp_noise": 1.0, "dp_clip": 0.5}
+    config = Config(**values, output_dir=folder, name="r", eval_every=0)
+    table = dict.fromkeys(range(CLIENTS), TOP)
+    private = mechanism(name, rate=rate, clients=CLIENTS, delta=1e-5)
+    setup = Setup(config, get_method(name), SHAPES, table, "chat", both, None, mechanism=private)
+    run = Run(folder / "r") if (folder / "r" / "config.yaml").exists() else create_run(config, folder / "r", {})
+    if secret:
+        (run.folder / "secret").write_bytes(secret.read_bytes())
+    quiet = lambda event, facts: None  # noqa: E731
+    return run_rounds(setup, both, run, last_standing(setup, run, quiet), quiet)
+
+
+def made(run: Run) -> tuple[bytes, list[Any]]:
+    lines = [{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics]
+    return (run.adapter / "adapter.safetensors").read_bytes(), lines
+
+
+def test_the_seed_of_the_configuration_gives_neither_noise_nor_sample(tmp_path: Path) -> None:
+    """Two runs of one configuration: only who knows the secret can play the other's again."""
+    first, second = play(tmp_path / "1"), play(tmp_path / "2")
+    assert first.config.seed == second.config.seed
+    drawn = [[[c["id"] for c in line["clients"]] for line in run.metrics] for run in (first, second)]
+    assert drawn[0] != drawn[1]  # alike in 36 draws once in 10⁸ times
+    assert made(first)[0] != made(second)[0]
+    same = play(tmp_path / "3", secret=first.folder / "secret")
+    assert made(same) == made(first)
+    secret = (first.folder / "secret").read_text()
+    assert len(secret) == 64
+    assert (first.folder / "secret").stat().st_mode & 0o777 == 0o600
+    for path in first.folder.rglob("*"):
+        if path.is_file() and path.name != "secret":
+            assert secret.encode() not in path.read_bytes()
+
+
+def test_rounds_that_draw_nobody_are_noise_and_count(tmp_path: Path) -> None:
+    run = play(tmp_path, rounds=12, rate=0.05)
+    assert any(not line["clients"] for line in run.metrics)  # all drawn: once in 10⁷ times
+    spent = [line["privacy"]["epsilon"] for line in run.metrics]
+    assert all(a <= b for a, b in pairwise(spent))
+    assert spent[0] < spent[-1]
+    private = mechanism("ffa", rate=0.05, clients=CLIENTS, delta=1e-5)
+    assert spent[-1] == privacy.epsilon(private, 12)
+    assert {line["best_round"] for line in run.metrics} == set(range(1, 13))  # no loss chooses
+
+
+@pytest.mark.parametrize("name", privacy.SUITED)
+def test_a_private_run_taken_up_again_is_the_same_run(tmp_path: Path, name: str) -> None:
+    alone = play(tmp_path / "alone", name=name, rate=0.5)
+    (tmp_path / "cut").mkdir()
+    play(tmp_path / "cut", name=name, rate=0.5, rounds=3, secret=alone.folder / "secret")
+    again = play(tmp_path / "cut", name=name, rate=0.5)
+    assert made(again) == made(alone)
+
+
+def test_a_secret_that_is_gone_or_damaged_ends_the_run(tmp_path: Path) -> None:
+    run = play(tmp_path, rounds=2)
+    kept = (run.folder / "secret").read_text()
+    (run.folder / "secret").write_text("no number")
+    with pytest.raises(FlexLoraError, match="secret: is damaged, and the noise"):
+        play(tmp_path, rounds=3)
+    (run.folder / "secret").unlink()
+    with pytest.raises(FlexLoraError, match="secret: is gone, and the noise"):
+        play(tmp_path, rounds=3)
+    assert not (run.folder / "secret").exists()
+    (run.folder / "secret").write_text(kept)
+    assert len(play(tmp_path, rounds=3).metrics) == 3
+
+
+def test_the_card_tells_epsilon_and_no_loss_of_the_clients() -> None:
+    pytest.importorskip("dp_accounting")
+    promise = privacy.statement(mechanism("ffa", clients=1613, rate=0.05), 50)
+    line = {
+        "round": 50,
+        "privacy": promise,
+        "validation": {"loss": 1.2345},
+        "eval": {},
+        "train_loss": 2.3456,
+        "clients": [{"id": 4, "examples": 77}],
+    }
+    card = model_card(Config(method="ffa"), {"ranks": {"8": 1613}, "clients": 1613, "template": "chat"}, line)
+    assert f"ε = {promise['epsilon']:.2f}, δ = {promise['delta']:.2g}" in card
+    for private in ("1.2345", "2.3456", "77"):
+        assert private not in card
 
 
 # --- sampling and accounting --------------------------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def _data(config: Config, facts: Mapping[str, Any], line: Mapping[str, Any]) -> 
 def _scores(line: Mapping[str, Any]) -> str:
     validation, held_out = line.get("validation") or {}, line.get("eval") or {}
     rows = {}
-    if validation:
+    # A loss on the clients' own examples has no noise on it: it is not published where privacy was asked for.
+    if validation and not line.get("privacy"):
         rows["validation loss"] = f"{validation['loss']:.4f} (it chose the round)"
     if held_out:
         rows["held-out ROUGE-L"] = f"{held_out['rougeL']:.4f}"

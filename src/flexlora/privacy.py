@@ -10,6 +10,7 @@ has the threat model.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ def _private_factor(
     adapter = {}
     for module, total in sums.items():
         origin = _pair(top[module])
-        mean = total / mechanism.cohort + gaussian(total.shape, mechanism, seed, round, module)
+        mean = total / mechanism.cohort
+        mean += gaussian(mean, mechanism, seed, round, module)
         adapter[module] = LowRank((origin.B.double() + mean).to(origin.B.dtype), origin.A)
     return ClientUpdate(-1, 1.0, adapter, sent=top)
 
@@ -105,7 +107,7 @@ def _private_delta(
     adapter = {}
     for module, total in sums.items():
         mean = lowrank.delta(total.over(mechanism.cohort)).double()
-        mean += gaussian(mean.shape, mechanism, seed, round, module)
+        mean += gaussian(mean, mechanism, seed, round, module)
         origin = _pair(top[module])
         adapter[module] = lowrank.factored((lowrank.delta(origin).double() + mean).to(origin.B.dtype))
     return ClientUpdate(-1, 1.0, adapter, sent=top)
@@ -116,10 +118,15 @@ def _pair(x: LowRank | Sparse) -> LowRank:
     return x
 
 
-def gaussian(shape: torch.Size, mechanism: Mechanism, seed: int, round: int, module: str) -> torch.Tensor:
-    """Noise of standard deviation `mechanism.deviation`, float64."""
-    g = generator(seed, "noise", round, module)
-    return torch.randn(shape, generator=g, dtype=torch.float64) * mechanism.deviation
+def gaussian(mean: torch.Tensor, mechanism: Mechanism, seed: int, round: int, module: str) -> torch.Tensor:
+    """Noise for `mean`, of standard deviation `mechanism.deviation`, float64.
+
+    A round that is played again with the same answers gets the same noise, so that a resumed run is the same run; with
+    other answers (a site was away) it gets other noise, or the difference of the two would be free of it.
+    """
+    digest = hashlib.sha256(mean.contiguous().numpy().tobytes()).hexdigest()
+    g = generator(seed, "noise", round, module, digest)
+    return torch.randn(mean.shape, generator=g, dtype=torch.float64) * mechanism.deviation
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------------

@@ -138,9 +138,13 @@ def write_text(path: Path, text: str) -> None:
 
 def secret(folder: Path) -> int:
     """The run's own random number, unknown to the clients, made at its first use: noise and samples that must not be
-    guessed are derived from it. Whoever reads the file can take the noise away again."""
+    guessed are derived from it. Whoever reads the file can take the noise away again.
+
+    Raises FlexLoraError where it is damaged, or gone after a round was played."""
     path = folder / "secret"
     if not path.is_file():
+        if read_metrics(folder):
+            raise FlexLoraError(f"{path}: is gone, and the noise of this run with it; put it back, or start a new run")
         temporary = path.with_name(".secret.part")
         temporary.unlink(missing_ok=True)
         with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
