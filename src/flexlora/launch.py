@@ -29,7 +29,10 @@ from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
 
-NOT_ROBUST = {"rbla": "averages the last directions over the few clients that hold them"}
+NOT_ROBUST = {
+    "rbla": "averages the last directions over the few clients that hold them",
+    "fedsa": "keeps B at the clients, so that the server cannot tell what an A does",
+}
 """Method -> why `robust` promises nothing there."""
 
 DP_INSTEAD = {"robust": "clips and weighs alike", "min_clients": "counts every round, whoever came"}
