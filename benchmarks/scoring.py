@@ -16,9 +16,10 @@ from pathlib import Path
 
 import torch
 
+from flexlora.batching import common, plan
 from flexlora.data.records import read_records
 from flexlora.evaluation import generate, score, stops
-from flexlora.generation import common, inference, plan
+from flexlora.logits import inference
 from flexlora.modeling import Model, load_model
 from flexlora.prompts import encode_prompts, load_template
 

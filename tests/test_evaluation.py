@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora import evaluation, generation
+from flexlora import evaluation, logits
 from flexlora.evaluation import exact_match, lcs, loss, rouge_l, score, stops
 from flexlora.prompts import CHAT, Encoded, Record, Template, encode_all, encode_prompts, load_template
 from tiny import tiny_model
@@ -65,7 +65,7 @@ def test_loss_of_nothing(tiny):
 
 def test_logits_in_memory_are_bounded(tiny, monkeypatch):
     network, tokenizer = tiny
-    monkeypatch.setattr(generation, "LOGITS", 100 * 259)
+    monkeypatch.setattr(logits, "LOGITS", 100 * 259)
     seen: list[int] = []
     hook = network.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2].numel()))
     examples = some_examples(30)

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralConfig
 from transformers import MistralForCausalLM as Mistral
 
-from flexlora import generation
-from flexlora.generation import cheapest_cuts, common, generate, has_slots, inference, logits_at, plan, stream
+from flexlora import decoding, generation
+from flexlora.batching import cheapest_cuts, common, plan
+from flexlora.decoding import has_slots
+from flexlora.generation import generate, stream
+from flexlora.logits import inference, logits_at
 from tiny import tiny_model
 
 
@@ -88,8 +91,8 @@ def test_rows_that_end_leave_and_others_take_their_place(tiny, monkeypatch):
     ends = tokenizer.convert_tokens_to_ids(tokenizer.tokenize(end))[0]
     before = network.generation_config.eos_token_id
     sizes: list[int] = []
-    step = generation.Decoder.step
-    monkeypatch.setattr(generation.Decoder, "step", lambda self: (sizes.append(len(self.rows)), step(self))[1])
+    step = decoding.Decoder.step
+    monkeypatch.setattr(decoding.Decoder, "step", lambda self: (sizes.append(len(self.rows)), step(self))[1])
     network.generation_config.eos_token_id = [before, ends]
     try:
         expected = [oracle(network, tokenizer, p, 12) for p in PROMPTS]
@@ -256,9 +259,9 @@ def test_common():
 
 def test_memory_is_that_of_the_rows_in_flight(tiny, monkeypatch):
     network, tokenizer = tiny
-    slots: list[generation._Slots] = []
-    start = generation._Slots.__init__
-    monkeypatch.setattr(generation._Slots, "__init__", lambda self, *a: (slots.append(self), start(self, *a))[1])
+    slots: list[decoding._Slots] = []
+    start = decoding._Slots.__init__
+    monkeypatch.setattr(decoding._Slots, "__init__", lambda self, *a: (slots.append(self), start(self, *a))[1])
     sizes = []
     for copies in (1, 5):
         generate(network, tokenizer, PROMPTS * copies, max_new_tokens=2, batch_size=4)

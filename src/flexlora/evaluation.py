@@ -17,17 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from flexlora.generation import (
-    generate,
-    generate_and_read,
-    has_slots,
-    inference,
-    likeliest_tokens,
-    logits_at,
-    pass_tokens,
-    stream,
-    token_nll,
-)
+from flexlora.decoding import has_slots
+from flexlora.generation import generate, generate_and_read, stream
+from flexlora.logits import inference, likeliest_tokens, logits_at, pass_tokens, token_nll
 from flexlora.prompts import Encoded, Record, Template, encode_all, encode_prompts, end_of_turn, extract_response
 
 __all__ = ["Loss", "Scores", "exact_match", "generate", "loss", "rouge_l", "score", "stops", "stream"]

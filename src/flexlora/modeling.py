@@ -10,8 +10,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from flexlora import gguf
 from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt, freeze
+from flexlora.logits import logits_at
 from flexlora.prefix import Prefix, plain_attention
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
