@@ -222,6 +222,17 @@ def test_what_the_server_cannot_do_is_one_line(tiny: tuple[Path, Path], tmp_path
             town.serve(**keys)
 
 
+def test_the_run_of_another_method_is_not_gone_on_with(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=1)
+    town.join(0, 1)
+    done = town.serve()
+    before = state_of(done, 1)
+    with pytest.raises(FlexLoraError, match="method is 'rolora' now and was 'flexlora'"):
+        town.serve(method="rolora", rounds=2)
+    assert state_of(done, 1) == before
+    assert participants(town.serve(rounds=2)) == [[0, 1]] * 2
+
+
 def test_the_folder_of_init_is_a_configuration_and_its_keys_are_secret(tmp_path: Path) -> None:
     import stat
     import tomllib
@@ -234,7 +245,14 @@ def test_the_folder_of_init_is_a_configuration_and_its_keys_are_secret(tmp_path:
     for name in ("server/ca.key", "server/server.key", "sites/site-2/key"):
         assert stat.S_IMODE((tmp_path / "fed" / name).stat().st_mode) == 0o600
     text = (tmp_path / "fed" / "README.md").read_text()
-    for word in ("flower.example.org:9000", "--host 0.0.0.0", "/v1/control", "--enable-supernode-auth", "site-2"):
+    for word in (
+        "flower.example.org:9000",
+        "--host 0.0.0.0",
+        "/v1/control",
+        "--enable-supernode-auth",
+        "site-2",
+        "list",
+    ):
         assert word in text
     with pytest.raises(FlexLoraError, match="exists already"):
         write_folder(tmp_path / "fed")

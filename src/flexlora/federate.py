@@ -21,7 +21,7 @@ from flexlora.prompts import load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import Run, create_run, environment, exclusive, open_run
 from flexlora.runners.flower import FlowerRunner, NewSitesError
-from flexlora.standing import Setup, last_standing
+from flexlora.standing import Setup, last_standing, refuse_changes
 from flexlora.types import Adapter, ClientInfo, FlexLoraError, LowRank, Ranks, Shapes
 
 BYTES_A_PARAMETER = 16
@@ -60,6 +60,8 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         scorer = Scoreless(config, template, table)
         mechanism = mechanism_of(config, len(table))
         setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism)
+        # Before a checkpoint is read: the state of another method would look damaged.
+        refuse_changes(setup, {"config": run.config.dump()}, run)
         notify("start", {"folder": folder, "clients": len(table), "rounds": config.rounds})
         while True:
             standing = last_standing(setup, run, notify)
