@@ -1,24 +1,33 @@
 """Seconds a round and peak memory by number of clients and runner, on a tiny model: what is not training is the runner's.
 
-    python benchmarks/scaling.py --clients 4 16 64 256 --runners local workers ray
+    python benchmarks/scaling.py --clients 4 16 64 256 --runners local workers ray flower
 
-Each case is a run of two rounds in a process of its own, all clients in every round; the second round is shown. Memory is
-the sum of the proportional set sizes of the process and all that it started, sampled ten times a second.
+Each case is a run of two rounds in processes of its own, all clients in every round; the second round is shown. Local has
+one slot, the others two of one thread each; flower is Flower's simulation. clients_s is the time until the last answer,
+pure_s the sum of the seconds that the clients worked over the slots, overhead_s the difference. Memory is the sum of the
+proportional set sizes of all processes, sampled twice a second. load is the machine's load average at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flexlora.rundir import read_metrics
+from flexlora.runners.flower_folder import write_folder
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from federation import descendants  # pyright: ignore[reportMissingImports]
+from federation import descendants, living_in  # pyright: ignore[reportMissingImports]
 from tiny import tiny_federation, tiny_model  # pyright: ignore[reportMissingImports]
 
 RUNNERS: dict[str, dict[str, Any]] = {
@@ -33,15 +42,14 @@ import torch
 from flexlora import Config, run
 keys = json.loads(sys.argv[1])
 torch.set_num_threads(keys.pop("threads"))
-done = run(Config(**keys))
-print(json.dumps(done.metrics[-1]))
+run(Config(**keys))
 """
 
 
-def memory(pid: int) -> float:
-    """Megabytes of a process and its descendants, shared pages counted once."""
+def memory(processes: list[int]) -> float:
+    """Megabytes of processes, shared pages counted once."""
     total = 0
-    for process in (pid, *descendants(pid)):
+    for process in processes:
         try:
             text = Path(f"/proc/{process}/smaps_rollup").read_text()
         except OSError:
@@ -53,7 +61,7 @@ def memory(pid: int) -> float:
 def measure(folder: Path, model: Path, clients: int, runner: str, threads: int) -> dict[str, float]:
     data = folder / f"data-{clients}"
     if not data.exists():
-        tiny_federation(data, clients)
+        tiny_federation(data, clients, train=4)
     keys = {
         "model": str(model),
         "data": str(data),
@@ -63,46 +71,79 @@ def measure(folder: Path, model: Path, clients: int, runner: str, threads: int) 
         "participation": 1.0,
         "ranks": "random",
         "eval_every": 0,
-        "validation_examples": 4,
+        "early_stop": False,
+        "validation_examples": 1,
         "prompt_template": "chat",
-        "threads": threads,
-        **RUNNERS[runner],
     }
     begin = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-c", CASE, json.dumps(keys)], stdout=subprocess.PIPE, text=True)
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, memory(process.pid))
-        time.sleep(0.1)
-    assert process.stdout is not None
-    if process.returncode:
-        raise SystemExit(f"{runner} with {clients} clients failed")
-    line = json.loads(process.stdout.read().splitlines()[-1])
+    if runner == "flower":
+        peak = simulation(folder / f"flower-{clients}", keys, clients, threads)
+    else:
+        given = {**keys, **RUNNERS[runner], "threads": threads}
+        peak = watched([sys.executable, "-c", CASE, json.dumps(given)], lambda pid: [pid, *descendants(pid)])
+    whole = time.perf_counter() - begin
+    line = read_metrics(folder / "runs" / f"{runner}-{clients}")[-1]
+    assert len(line["clients"]) == clients, line.get("failed")
     seconds = line["seconds"]
-    slots = keys.get("workers", 1)
+    slots = threads if runner == "flower" else RUNNERS[runner].get("workers", 1)
     training = sum(c["seconds"] for c in line["clients"]) / slots
-    wall = seconds["train"]
     return {
         "round_s": sum(seconds.values()),
-        "train_wall_s": wall,
-        "train_pure_s": training,
-        "overhead_s": wall - training,
+        "clients_s": seconds["train"],
+        "pure_s": training,
+        "overhead_s": seconds["train"] - training,
+        "a_client_ms": 1000 * (seconds["train"] - training) / clients,
         "aggregate_s": seconds["aggregate"] + seconds["distribute"],
         "peak_mb": peak,
-        "whole_s": time.perf_counter() - begin,
         "up_mb": sum(c["bytes_up"] for c in line["clients"]) / 1e6,
+        "whole_s": whole,
+        "load": os.getloadavg()[0],
     }
+
+
+def watched(command: list[str], family: Callable[[int], list[int]], **options: Any) -> float:
+    """Run a command to its end; the peak memory of the processes that belong to it, in megabytes."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, memory(family(process.pid)))
+        time.sleep(0.5)
+    if process.returncode:
+        raise SystemExit(f"failed: {' '.join(command)[:300]}")
+    return peak
+
+
+def simulation(folder: Path, keys: dict[str, Any], clients: int, threads: int) -> float:
+    """A federation in Flower's simulation, one core for each of its workers; its peak memory."""
+    write_folder(folder)
+    (folder / "keys.toml").write_text("\n".join(f"{k} = {json.dumps(v)}" for k, v in keys.items()) + "\n")
+    with (folder / "keys.toml").open("a") as file:
+        file.write(f"min_clients = {clients}\n")
+    (folder / "local").mkdir()
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    quiet |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_raylet_start_wait_time_s": "180"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {**os.environ, **quiet, "FLWR_HOME": str(folder / "local"), "PATH": path}
+    resources = f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={threads}"
+    words = ["flwr", "run", "app", "--stream", "--run-config", "keys.toml", "--federation-config", resources]
+    try:
+        return watched(words, lambda pid: living_in(folder / "local"), cwd=folder, env=env)
+    finally:
+        for pid in living_in(folder / "local"):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[4, 16, 64, 256])
-    parser.add_argument("--runners", nargs="+", choices=list(RUNNERS), default=["local", "workers"])
+    parser.add_argument("--runners", nargs="+", choices=[*RUNNERS, "flower"], default=[*RUNNERS, "flower"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     given = parser.parse_args()
-    shown = ("round_s", "train_wall_s", "train_pure_s", "overhead_s", "aggregate_s", "peak_mb", "up_mb", "whole_s")
+    shown = ("round_s", "clients_s", "pure_s", "overhead_s", "a_client_ms", "aggregate_s", "peak_mb", "up_mb")
+    shown += ("whole_s", "load")
     print("| runner | clients | " + " | ".join(shown) + " |")
     print("|---|---|" + "---|" * len(shown))
     with tempfile.TemporaryDirectory() as scratch:

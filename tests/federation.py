@@ -176,3 +176,17 @@ def descendants(pid: int) -> list[int]:
         found += mine
         queue += mine
     return found
+
+
+def living_in(home: Path) -> list[int]:
+    """Ids of the processes whose FLWR_HOME is this folder: a simulation leaves a SuperLink behind."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                environment = (entry / "environ").read_bytes()
+            except OSError:
+                continue
+            if f"FLWR_HOME={home}\0".encode() in environment:
+                found.append(int(entry.name))
+    return found

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from federation import BIN, Federation, own_folder, until
+from federation import BIN, Federation, living_in, own_folder, until
 from flexlora import Config, run
 from flexlora.rundir import read_metrics
 from flexlora.runners.flower_folder import site_key
@@ -69,7 +69,7 @@ def test_three_authenticated_sites_give_the_adapter_of_the_local_runner(tmp_path
 
 def test_a_killed_site_is_survived_and_a_killed_superlink_is_gone_on_from(tmp_path: Path) -> None:
     town, model, data = federation(tmp_path, 3)
-    keys = {**KEYS, "rounds": 4, "min_clients": 2, "round_timeout": 300.0}
+    keys = {**KEYS, "rounds": 3, "min_clients": 2, "round_timeout": 300.0}
     done = town.folder / "runs" / "federation"
     with town:
         town.superlink()
@@ -78,7 +78,7 @@ def test_a_killed_site_is_survived_and_a_killed_superlink_is_gone_on_from(tmp_pa
             town.supernode(site, rank=RANKS[site], data=str(own_folder(data, 3, site, tmp_path / f"own-{site}")))
         town.run(model=str(model), **keys)
         until(lambda: town.played(1), LONG, "the first round")
-        first = {c["id"] for c in read_metrics(done)[0]["clients"]}
+        until(lambda: "ROUND 2]" in town.log("site-1"), LONG, "site 1's message of round 2")
         town.kill("site-1")
         until(lambda: town.played(2), LONG, "a round without the killed site")
         town.kill("superlink")
@@ -87,13 +87,15 @@ def test_a_killed_site_is_survived_and_a_killed_superlink_is_gone_on_from(tmp_pa
         town.superlink()
         town.supernode(1, rank=RANKS[1], data=str(tmp_path / "own-1"))
         town.run(model=str(model), **keys)
-        until(lambda: town.played(4), LONG, "the rounds after the restart")
+        until(lambda: town.played(3), LONG, "the round after the restart")
     lines = read_metrics(done)
-    assert [line["round"] for line in lines] == [1, 2, 3, 4]
+    assert [line["round"] for line in lines] == [1, 2, 3]
     assert (done / "metrics.jsonl").read_text().splitlines()[:2] == before
-    assert first >= {0, 2} or len(first) >= 2
-    assert 1 not in {c["id"] for c in lines[1]["clients"]}
-    assert {c["id"] for c in lines[3]["clients"]} >= {0, 2}
+    # Two sites are enough to begin with; the third may still be on its way.
+    assert len(lines[0]["clients"]) >= 2
+    assert {c["id"] for c in lines[1]["clients"]} == {0, 2}
+    assert [c["id"] for c in lines[1]["failed"]] == [1]
+    assert {c["id"] for c in lines[2]["clients"]} >= {0, 2}
 
 
 def test_a_simulation_of_four_sites_gives_the_adapter_of_the_local_runner(tmp_path: Path) -> None:
@@ -123,17 +125,3 @@ def test_a_simulation_of_four_sites_gives_the_adapter_of_the_local_runner(tmp_pa
     assert [[c["id"] for c in line["clients"]] for line in read_metrics(done)] == [[0, 1, 2, 3]] * 2
     here = local(model, data, tmp_path / "here", ranks="homo", lora_r=3)
     assert state(done, 2) == state(here, 2)
-
-
-def living_in(home: Path) -> list[int]:
-    """Ids of the processes whose FLWR_HOME is this folder: a simulation leaves a SuperLink behind."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                environment = (entry / "environ").read_bytes()
-            except OSError:
-                continue
-            if f"FLWR_HOME={home}\0".encode() in environment:
-                found.append(int(entry.name))
-    return found
