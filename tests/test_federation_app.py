@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("flwr")
 
 from flwr.app import Message
 from safetensors.torch import load
 
-from flexlora import Config
+from flexlora import Config, client
 from flexlora.rundir import read_metrics
 from flexlora.runners.flower_folder import run_keys, write_folder
 from flexlora.types import FlexLoraError
@@ -51,6 +52,36 @@ def test_the_state_is_that_of_the_local_runner(tiny: tuple[Path, Path], tmp_path
         assert state_of(done, round) == state_of(here, round)
     up = [[(c["bytes_up"], c["bytes_down"]) for c in line["clients"]] for line in read_metrics(done.folder)]
     assert up == [[(c["bytes_up"], c["bytes_down"]) for c in line["clients"]] for line in read_metrics(here.folder)]
+
+
+def test_what_a_method_is_told_was_sent_is_what_left(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[int, Any] = {}
+    honest = client.arrived
+
+    def watched(*words: Any) -> Any:
+        update = honest(*words)
+        told[update.client] = update.sent
+        return update
+
+    monkeypatch.setattr(client, "arrived", watched)
+    town = Town(tiny, tmp_path, rounds=1, wire_dtype="bfloat16")
+    town.join(0, 1, 2, 3)
+    done = town.serve()
+    assert sorted(told) == [0, 1, 2, 3]
+    (line,) = read_metrics(done.folder)
+    bytes_down = {c["id"]: c["bytes_down"] for c in line["clients"]}
+    for message in town.grid.sent:
+        if message.metadata.message_type == "train":
+            number = 1000 - message.metadata.dst_node_id
+            arrays: Any = message.content["adapters"]
+            blob = arrays["adapter"].data
+            assert len(blob) == bytes_down[number]
+            for name, tensor in load(blob).items():
+                module, _, part = name.rpartition(".")
+                assert tensor.dtype == torch.bfloat16
+                assert torch.equal(tensor.float(), getattr(told[number][module], part))
 
 
 def test_fedsa_keeps_b_at_the_site_through_a_restart(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -251,7 +282,7 @@ def test_the_folder_of_init_is_a_configuration_and_its_keys_are_secret(tmp_path:
         "/v1/control",
         "--enable-supernode-auth",
         "site-2",
-        "list",
+        "supernode list prod",
     ):
         assert word in text
     with pytest.raises(FlexLoraError, match="exists already"):
