@@ -61,7 +61,7 @@ def test_what_a_method_is_told_was_sent_is_what_left(
     honest = client.arrived
 
     def watched(*words: Any) -> Any:
-        update = honest(*words)
+        update: Any = honest(*words)
         told[update.client] = update.sent
         return update
 
