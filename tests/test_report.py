@@ -82,6 +82,26 @@ def test_every_client_of_every_round_is_drawn_once(runs: list[Run]) -> None:
     assert drawn == sorted((m["round"], c["id"]) for m in runs[0].metrics for c in m["clients"])
 
 
+def test_where_no_round_was_scored_the_base_model_is_no_chart(runs: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "unscored"
+    shutil.copytree(runs[0].folder, folder)
+    lines = [m | {"eval": {}} for m in runs[0].metrics]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in lines))
+    run = open_run(folder)
+    assert [chart.title for chart in charts.score_charts(run)] == ["Loss"]
+    assert [t["name"] for t in charts.score_charts(run)[0].traces if "held-out" in t["name"]] == []
+    assert "Held-out loss" not in [chart.title for chart in charts.comparison_charts({"g": [run]})]
+    assert "No held-out scores" in run_page(run)
+
+
+@pytest.mark.parametrize(("low", "labels"), [(0.02, "D2"), (1e-6, None)])
+def test_a_log_axis_of_few_powers_has_whole_numbers_at_its_ticks(low: float, labels: str | None) -> None:
+    layout = charts.axes("rank", "share", yaxis_type="log", yaxis_exponentformat="power")
+    (chart,) = charts.drawn([charts.Chart("t", "n", [charts.line("a", [0, 1, 2], [1.0, low, None])], layout)])
+    assert chart.layout["yaxis"].get("dtick") == labels
+    assert (chart.layout["yaxis"]["exponentformat"] == "power") == (labels is None)
+
+
 def test_spectra_are_the_singular_values_of_the_dense_delta_weight(runs: list[Run]) -> None:
     method, standing, _ = standing_at(runs[0])
     found = spectra(runs[0])

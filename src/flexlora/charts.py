@@ -71,6 +71,11 @@ def drawn(charts: Sequence[Chart]) -> list[Chart]:
                 chart.layout[axis].setdefault("tickformat", "d")
                 if max(values, default=0) <= 10:
                     chart.layout[axis]["dtick"] = 1
+        axis, heights = chart.layout["yaxis"], [v for t in chart.traces for v in t["y"] if v]
+        if axis.get("type") == "log" and max(heights) < 100 * min(heights):
+            axis.update(
+                dtick="D2", tickformat="~g", exponentformat="none"
+            )  # 0.1, 0.2, 0.5: no bare digits between powers
     return kept
 
 
@@ -82,7 +87,8 @@ def score_charts(run: Run) -> list[Chart]:
     lines, base = run.metrics, run.base
     rounds = [m["round"] for m in lines]
     scored = [m for m in lines if m["eval"]]
-    first, base_loss = base.get("eval") or {}, (base.get("validation") or {}).get("loss")
+    # Where no round was scored, the base model's scores alone are no chart.
+    first, base_loss = (base.get("eval") or {}) if scored else {}, (base.get("validation") or {}).get("loss")
     return drawn(
         [
             *_answers(run),
@@ -337,13 +343,15 @@ def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
         for i, (name, runs) in enumerate(groups.items()):
             points: dict[int, list[float]] = {}
             for run in runs:
-                if base and (first := (run.base.get(base[0]) or {}).get(base[1])) is not None:
-                    points.setdefault(0, []).append(first)
-                for m in run.metrics:
-                    if (v := value(m)) is not None:
-                        points.setdefault(m["round"], []).append(v)
+                found = {m["round"]: v for m in run.metrics if (v := value(m)) is not None}
+                if found and base and (first := (run.base.get(base[0]) or {}).get(base[1])) is not None:
+                    found = {0: first, **found}
+                for round, v in found.items():
+                    points.setdefault(round, []).append(v)
             traces += banded(name, points, i)
-        charts.append(Chart(title, note, traces, axes("round", unit)))
+        # Shares and ROUGE-L end at 0, whatever mean minus deviation is.
+        span = {"yaxis_rangemode": "normal" if unit == "loss" else "nonnegative"}
+        charts.append(Chart(title, note, traces, axes("round", unit, **span)))
     traces = []
     for i, (name, runs) in enumerate(groups.items()):
         x, y = [], []
