@@ -17,7 +17,7 @@ from flexlora.engine import run_rounds
 from flexlora.launch import NOT_ROBUST, method_of
 from flexlora.methods import methods
 from flexlora.randomness import generator
-from flexlora.rundir import create_run
+from flexlora.rundir import Run, create_run
 from flexlora.standing import Setup, last_standing
 from flexlora.types import (
     ClientFailure,
@@ -174,6 +174,65 @@ def check_attacks(folder: Path, method: str, attacks: Sequence[str]) -> None:
     for attack in {"flip", "noise", "weight"} & {*attacks} if method == "flexlora" else ():
         believed = held_out_loss(folder / f"{attack}-believed", attack, method, rounds, norm_factor=None)
         assert not believed <= 10 * without, attack
+
+
+class CrashError(Exception):
+    pass
+
+
+def begun(folder: Path, attack: str | None = "nan", crash: int = 0, every: bool = False, **keys: Any) -> Run:
+    """A run of four rounds in `folder`, begun or taken up; crash: round in which it breaks off; every: all clients lie."""
+    table: dict[int, Ranks] = {client: {"m": (3, 4, 6)[client % 3]} for client in range(10)}
+    both: Any = Regression(table, attack)
+    if every:
+        both.lies = lambda client: True
+    honest = both.honest
+
+    def breaking(task: TrainTask) -> ClientUpdate:
+        if (task.round, task.client) == (crash, 7):
+            raise CrashError
+        return honest(task)
+
+    both.honest = breaking
+    values: dict[str, Any] = {"participation": 1.0, "rounds": 4, "early_stop": False, "eval_every": 0, **keys}
+    config = Config(method="flexlora", **values, output_dir=folder, name="r")
+    setup = Setup(config, method_of(config), {"m": (D_OUT, D_IN)}, table, "chat", both, None)
+    run = Run(folder / "r") if (folder / "r" / "config.yaml").exists() else create_run(config, folder / "r", {})
+    quiet = lambda event, facts: None  # noqa: E731
+    return run_rounds(setup, both, run, last_standing(setup, run, quiet), quiet)
+
+
+@pytest.mark.parametrize(
+    ("attack", "keys"),
+    [("nan", {}), ("flip", {"norm_factor": 2.0}), ("flip", {"norm_factor": 2.0, "norm_action": "clip"}), ("noise", {"robust": True})],
+)  # fmt: skip
+def test_with_rejections_a_run_taken_up_again_is_the_same_run(
+    tmp_path: Path, attack: str, keys: dict[str, Any]
+) -> None:
+    """What the guard remembers of earlier rounds is saved to the last bit."""
+    alone = begun(tmp_path / "alone", attack, **keys)
+    for round in (2, 3, 4):
+        with pytest.raises(CrashError):
+            begun(tmp_path / "cut", attack, crash=round, **keys)
+    again = begun(tmp_path / "cut", attack, **keys)
+    blob = "checkpoints/round-0004/state.safetensors"
+    assert (again.folder / blob).read_bytes() == (alone.folder / blob).read_bytes()
+    without = [[{k: v for k, v in line.items() if k != "seconds"} for line in run.metrics] for run in (again, alone)]
+    assert without[0] == without[1]
+    if attack == "nan" or (keys.get("norm_action") is None and "norm_factor" in keys):
+        assert sum(line["rejected"] for line in alone.metrics) >= 2
+    assert sorted(p.name for p in again.folder.iterdir()) == sorted(p.name for p in alone.folder.iterdir())
+
+
+def test_a_round_of_liars_stops_the_run_with_its_state_saved(tmp_path: Path) -> None:
+    begun(tmp_path, None, rounds=2)
+    saved = (tmp_path / "r" / "checkpoints" / "round-0002" / "state.safetensors").read_bytes()
+    with pytest.raises(
+        FlexLoraError, match=r"round 3: too few clients answered in 3 attempts.*rejected.*round 2 is saved"
+    ):
+        begun(tmp_path, "nan", every=True)
+    assert (tmp_path / "r" / "checkpoints" / "round-0002" / "state.safetensors").read_bytes() == saved
+    assert [line["round"] for line in begun(tmp_path, None).metrics] == [1, 2, 3, 4]
 
 
 def test_rejections_are_counted_and_named_and_touch_nothing(tmp_path: Path) -> None:
