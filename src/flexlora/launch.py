@@ -23,7 +23,17 @@ from flexlora.methods import get_method, method_entry
 from flexlora.modeling import Model, empty_model, load_adapter
 from flexlora.prompts import Template, TokenCache, load_template
 from flexlora.ranks import RankPlan
-from flexlora.rundir import Run, create_run, environment, exclusive, open_run, refuse_taken, resumable, write_text
+from flexlora.rundir import (
+    Run,
+    create_run,
+    environment,
+    exclusive,
+    open_run,
+    refuse_taken,
+    resumable,
+    stoppable,
+    write_text,
+)
 from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, last_standing
@@ -66,7 +76,7 @@ def resume(
     Raises FlexLoraError where the configuration or the data differ from those that the run began with.
     """
     found = open_run(folder)
-    with exclusive(folder):
+    with stoppable(folder), exclusive(folder):
         config = (config or found.config).model_copy(update={} if rounds is None else {"rounds": rounds})
         done = len(found.metrics)
         if rounds is not None and rounds < done:

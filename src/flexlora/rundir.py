@@ -113,12 +113,20 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def resumable(folder: Path) -> Iterator[None]:
-    """Inside, a stop says where to go on, and a disk that refuses is a line: KeyboardInterrupt(folder), FlexLoraError."""
+def stoppable(folder: Path) -> Iterator[None]:
+    """Inside, a stop says where to go on: KeyboardInterrupt(folder)."""
     try:
         yield
     except KeyboardInterrupt:
         raise KeyboardInterrupt(str(folder)) from None
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """As `stoppable`; and a disk that refuses is a line, FlexLoraError."""
+    try:
+        with stoppable(folder):
+            yield
     except OSError as error:
         raise FlexLoraError(
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or writable, then "
