@@ -27,7 +27,7 @@ from flexlora.rundir import read_metrics
 from flexlora.runners.flower_folder import write_folder
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from federation import descendants, living_in  # pyright: ignore[reportMissingImports]
+from federation import PATIENCE, descendants, living_in  # pyright: ignore[reportMissingImports]
 from tiny import tiny_federation, tiny_model  # pyright: ignore[reportMissingImports]
 
 RUNNERS: dict[str, dict[str, Any]] = {
@@ -121,7 +121,7 @@ def simulation(folder: Path, keys: dict[str, Any], clients: int, threads: int) -
         file.write(f"min_clients = {clients}\n")
     (folder / "local").mkdir()
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    quiet |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_raylet_start_wait_time_s": "180"}
+    quiet |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **PATIENCE}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, **quiet, "FLWR_HOME": str(folder / "local"), "PATH": path}
     resources = f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={threads}"

@@ -42,6 +42,15 @@ def own_folder(data: Path, clients: int, client: int, out: Path) -> Path:
     return out
 
 
+PATIENCE = {
+    "RAY_raylet_start_wait_time_s": "180",
+    "RAY_gcs_server_request_timeout_seconds": "180",
+    "RAY_gcs_rpc_server_connect_timeout_s": "60",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""What Ray waits for its own processes, which a busy machine starts slowly."""
+
+
 class Federation:
     """What `flexlora flower init` wrote, with a SuperLink and SuperNodes that can be started and killed."""
 
@@ -57,8 +66,7 @@ class Federation:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "OMP_NUM_THREADS": "1",
-            "RAY_raylet_start_wait_time_s": "180",
-            "RAY_USAGE_STATS_ENABLED": "0",
+            **PATIENCE,
         }
 
     def __enter__(self) -> Federation:

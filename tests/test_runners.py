@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from federation import BIN, descendants, free_port, until
+from federation import BIN, PATIENCE, descendants, free_port, until
 from flexlora import Config, run
 from flexlora.rundir import Run, read_metrics
 from flexlora.runners.workers import worker_runner
@@ -127,7 +127,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     port = free_port()
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--num-gpus=1", "--disable-usage-stats"]
     words += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
-    env = {**os.environ, "RAY_raylet_start_wait_time_s": "180", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **PATIENCE, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "ray.log").open("wb") as log:
         head = subprocess.Popen([str(BIN / "ray"), *words], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:

@@ -23,7 +23,10 @@ from flexlora.types import FlexLoraError, LocalTraining
 from flexlora.wire import Parcel
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine needs more than Ray's default
+# A busy machine needs more than Ray's defaults.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+os.environ.setdefault("RAY_gcs_server_request_timeout_seconds", "180")
+os.environ.setdefault("RAY_gcs_rpc_server_connect_timeout_s", "60")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 import ray
 from ray.exceptions import RayError
