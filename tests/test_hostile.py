@@ -18,8 +18,10 @@ from flexlora.modeling import load_adapter, save_adapter
 from flexlora.types import (
     ClientFailure,
     ClientRule,
+    ClientScore,
     ClientUpdate,
     Download,
+    EvalTask,
     FlexLoraError,
     LocalTraining,
     LowRank,
@@ -178,3 +180,16 @@ def test_names_of_kept_parts_cannot_leave_their_folder(run: str) -> None:
     with pytest.raises(FlexLoraError, match="no proper name"):
         flower.kept_folder(Context(), run)
     assert flower.kept_folder(Context(), "0a" * 8).name == "0a" * 8
+
+
+def test_a_score_of_more_tokens_than_its_examples_can_have_is_no_vote() -> None:
+    flower = pytest.importorskip("flexlora.runners.flower")
+    runner = object.__new__(flower.FlowerRunner)
+    runner._settings = LocalTraining(cutoff_len=10)
+    tasks = [EvalTask(1, client, TASK.download, 8) for client in (0, 1)]
+    told = [ClientScore(0, 40.0, 80, 8), ClientScore(1, 1e-9, 2**40, 8)]
+    runner._stream = lambda kind, tasks: zip(tasks, map(wire.pack_score, told), strict=True)
+    first, second = runner.evaluate(1, tasks)
+    assert first == told[0]
+    assert isinstance(second, ClientFailure)
+    assert "more tokens than its examples" in second.reason

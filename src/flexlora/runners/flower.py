@@ -158,7 +158,11 @@ class FlowerRunner:
 
     def evaluate(self, round: int, tasks: Sequence[EvalTask]) -> Iterator[ClientScore | ClientFailure]:
         for task, answer in self._stream("evaluate", tasks):
-            yield answer if isinstance(answer, ClientFailure) else client.scored(answer, task)
+            score = answer if isinstance(answer, ClientFailure) else client.scored(answer, task)
+            # Scores are weighted by their tokens: more than its examples can have would outvote all others.
+            if isinstance(score, ClientScore) and score.tokens > score.examples * self._settings.cutoff_len:
+                score = ClientFailure(task.client, "rejected: its score counts more tokens than its examples can have")
+            yield score
 
     def close(self) -> None: ...
 
