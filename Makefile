@@ -20,7 +20,7 @@ test: $(READY)             ## the tests, under ten minutes on two cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow and not faults and not federation'
 
 test-slow: $(READY)        ## what is too slow for `make test`
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'slow and not federation'
 
 test-faults: $(READY)      ## twenty kills and ten thousand bad inputs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m faults

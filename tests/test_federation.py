@@ -67,6 +67,7 @@ def test_three_authenticated_sites_give_the_adapter_of_the_local_runner(tmp_path
     assert (done / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_killed_site_is_survived_and_a_killed_superlink_is_gone_on_from(tmp_path: Path) -> None:
     town, model, data = federation(tmp_path, 3)
     keys = {**KEYS, "rounds": 3, "min_clients": 2, "round_timeout": 300.0}
