@@ -268,13 +268,22 @@ def test_errors_are_one_line_that_names_the_next_step(command: Command, run: Run
 
 @pytest.mark.parametrize(
     "words", [(name,) for name in ("run", "resume", "watch", "sweep", "report", "inspect", "evaluate", "generate", "export")]
-    + [("ranks",), ("data", "prepare"), ("data", "partition"), ("data", "inspect"), ("completion",)], ids=" ".join,
+    + [("ranks",), ("data", "prepare"), ("data", "partition"), ("data", "inspect"), ("completion",)]
+    + [("demo",), ("methods",), ("flower", "init")], ids=" ".join,
 )  # fmt: skip
 def test_help_has_an_example(command: Command, words: tuple[str, ...]) -> None:
     said, _, _ = command(*words, "--help")
     _, _, after = said.partition("For example:")
     examples = [line.strip() for line in after.splitlines() if line.strip().startswith("flexlora ")]
-    assert any(example.startswith(f"flexlora {' '.join(words)} ") for example in examples)
+    assert any(f"{example} ".startswith(f"flexlora {' '.join(words)} ") for example in examples)
+    assert words == ("run",) or len(said.splitlines()) <= 40
+
+
+def test_a_sweep_takes_every_key_without_listing_it(command: Command) -> None:
+    said, _, _ = command("sweep", "--help")
+    assert "--learning_rate" not in said
+    known = {name for argument in app["sweep"].assemble_argument_collection() for name in argument.names}
+    assert {f"--{key}" for key in Config.model_fields} <= known
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

@@ -9,7 +9,12 @@ from flexlora.types import FlexLoraError
 
 
 def methods() -> None:
-    """All methods: name, paper, what the server does."""
+    """All methods: name, paper, what the server does.
+
+    For example:
+
+        flexlora methods
+    """
     from rich.table import Table
 
     from flexlora.methods import method_entry

@@ -15,6 +15,10 @@ console = Console(highlight=False)
 def init(folder: Path, /, *, sites: int = 2, host: str = "localhost", port: int = 8000) -> None:
     """Write a federation's folder: the app, certificates, a key for each site, and the exact commands (README.md).
 
+    For example:
+
+        flexlora flower init federation --sites 3 --host fed.example.org
+
     Parameters
     ----------
     folder

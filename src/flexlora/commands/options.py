@@ -46,10 +46,10 @@ def shown(quiet: bool, json: bool, track: list[str] | None) -> Iterator[Any]:
         yield observe
 
 
-def config_keys(function: Callable[..., Any]) -> Callable[..., Any]:
+def config_keys(function: Callable[..., Any], show: bool = True) -> Callable[..., Any]:
     """Give a command one option for every configuration key, under its new, its old and its dashed name.
 
-    Values stay text here; `Config` types and checks them, the same way as those of a YAML file.
+    `show`: whether --help lists them. Values stay text here; `Config` types and checks them, the same way as those of a YAML file.
     """
     groups = {name: Group(name, sort_key=i) for i, name in enumerate(GROUPS)}
     parameters = []
@@ -65,6 +65,7 @@ def config_keys(function: Callable[..., Any]) -> Callable[..., Any]:
             metavar=_metavar(info.annotation),
             help=f"{' '.join((info.description or '').split())}{shown}",
             group=groups[key_group(name)],
+            show=show,
             show_default=False,
             negative="",
             consume_multiple=name in LISTS,

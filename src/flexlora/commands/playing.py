@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,6 +86,10 @@ def demo(
 ) -> None:
     """The main job on a built-in federation: a real LLM, eight clients at different ranks, about five minutes.
 
+    For example:
+
+        flexlora demo --name another --seed 7
+
     Parameters
     ----------
     output_dir
@@ -126,7 +131,7 @@ def watch(run: Path, /, *, timeout: float | None = None) -> None:
     next_step(f"flexlora report {run}")
 
 
-@config_keys
+@partial(config_keys, show=False)
 def sweep(
     sweep_file: SweepFile,
     /,
@@ -137,6 +142,8 @@ def sweep(
     **keys: Any,
 ) -> None:
     """Play many runs from one file: every combination of its axes, on the same clients; what is done is skipped.
+
+    Every key of `flexlora run` is an option here too, and then holds for all runs.
 
     For example:
 
