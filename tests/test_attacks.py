@@ -142,7 +142,7 @@ def held_out_loss(folder: Path, attack: str | None, method: str, rounds: int = 1
 ATTACKS = ("flip", "noise", "weight", "nan")
 TRICKS = ("mirror", "scale")
 """Against methods that average factors."""
-ROUNDS = {"flexlora": 10, "flexlora-carry": 10, "fedex": 40, "ffa": 40, "rolora": 40}
+ROUNDS = {"flexlora": 10, "flexlora-carry": 10, "fedex": 50, "ffa": 40, "rolora": 40}
 """After which the run without liars has learnt what there is; 20 for the others."""
 
 
