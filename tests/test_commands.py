@@ -245,6 +245,8 @@ def test_inspecting_data_draws_only_when_asked(
     ("words", "line"),
     [
         ("generate RUNS/frist --prompt x", "RUNS/frist: no such folder; give a run folder"),
+        ("generate runs/frist --prompt x", "runs/frist: no such folder; give a run folder"),
+        ("generate owner/model/adapter --prompt x", "owner/model/adapter: no such folder"),
         ("export RUN --rank 0 --out E", "rank: 0 is none; give a whole number from 1"),
         ("report", "requires an argument. See `flexlora report --help`."),
         ("data partition", "See `flexlora data partition --help`."),

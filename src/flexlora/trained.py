@@ -35,6 +35,12 @@ class Trained:
     template: Template
 
 
+def _is_path(target: Path) -> bool:
+    """Whether it can only be a path, not `owner/model`: absolute, of three parts or more, or in the default output_dir."""
+    home = Config.model_fields["output_dir"].default
+    return target.is_absolute() or len(target.parts) > 2 or (len(target.parts) == 2 and target.parent == Path(home))
+
+
 def open_trained(target: str, changes: Mapping[str, Any] | None = None) -> Trained:
     """Open a run folder, a PEFT adapter folder, or a bare model by name, with some configuration keys changed.
 
@@ -43,7 +49,7 @@ def open_trained(target: str, changes: Mapping[str, Any] | None = None) -> Train
     changes = dict(changes or {})
     folder = Path(target)
     # A slip in a path must not become the name of a model that is looked for elsewhere.
-    if not folder.exists() and folder.parent != Path() and folder.parent.is_dir():
+    if not folder.exists() and (_is_path(folder) or (folder.parent != Path() and folder.parent.is_dir())):
         raise FlexLoraError(f"{target}: no such folder; give a run folder, an adapter's folder or a model's name")
     if (folder / "config.yaml").is_file():
         run = open_run(folder)
