@@ -52,9 +52,9 @@ def test_activations_are_what_autograd_keeps_in_a_real_pass(empty: Model, folder
     adapter = {m: LowRank(torch.zeros(o, 2), torch.ones(2, i)) for m, (o, i) in model.shapes.items()}
     model.attach(adapter, dropout=0.05, train=("A", "B"))
     model.network.train()
-    kept, logits = memory._kept(model, Workload(2, 24))
-    assert logits == 48 * model.network.config.vocab_size * 4
-    expected = round((1 + memory.LOST) * kept) + memory.LOSS_COPIES * logits
+    kept = memory._kept(model, Workload(2, 24))
+    assert kept > 48 * model.network.config.vocab_size * 4
+    expected = round((1 + memory.LOST) * kept)
     assert training_memory(empty, at(empty, 2), Workload(2, 24)).activations == pytest.approx(expected, rel=0.1)
 
 

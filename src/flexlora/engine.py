@@ -30,6 +30,7 @@ from flexlora.collection import (
     timed,
 )
 from flexlora.config import Config
+from flexlora.processor import give_back
 from flexlora.randomness import derive
 from flexlora.rundir import Run
 from flexlora.standing import Setup, Standing, energy_beyond
@@ -114,6 +115,7 @@ def finish_round(setup: Setup, runner: Runner, run: Run, standing: Standing, not
     write_checkpoint(run.checkpoints, number, standing.state, standing.progress(setup))
     remove_checkpoints(run.checkpoints, standing.needed_rounds)
     remove_kept(run.kept, standing.needed_rounds)
+    give_back()
     notify("saved", {"round": number, "line": line})
     return standing
 
@@ -156,6 +158,7 @@ def play_round(
             if setup.mechanism:
                 updates = iter([private_update(setup, setup.mechanism, standing, updates, secret)])
             state = aggregate(setup.method, standing, updates)
+            give_back()
         # Training happens while aggregate asks for the next update.
         watch.seconds["aggregate"] -= watch.seconds.pop("train_inside", 0.0)
         if state is not None and (setup.mechanism or len(log.accepted) >= config.min_clients):

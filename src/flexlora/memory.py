@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from flexlora.likelihood import negative_log_likelihood
 from flexlora.modeling import Model
 from flexlora.ranks import RankPlan, resolve
 from flexlora.types import FlexLoraError, LowRank, Ranks
@@ -23,9 +23,6 @@ ADAPTER_COPIES = 3
 
 PROCESS = 420 * 2**20
 """Bytes of a Python process with torch and transformers in it, on the CPU, measured."""
-
-LOSS_COPIES = 2
-"""Logits-sized gradients at the start of the backward pass: of the log likelihoods, and of the logits."""
 
 LOST = 0.15
 """Share of the activations that the allocator loses between blocks, measured (benchmarks/memory.py)."""
@@ -40,7 +37,7 @@ class Memory:
     """Factors in float32, with the copies of what was sent and what is sent back, and their gradients."""
     optimizer: int
     activations: int
-    """What a forward pass keeps for the backward pass, and the first gradients of it, of one micro-batch."""
+    """What a forward pass keeps for the backward pass, of one micro-batch."""
     process: int = PROCESS
 
     @property
@@ -77,7 +74,7 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
     model.attach(adapter, dropout=work.dropout, train=("A", "B"))
     model.network.train()
     try:
-        kept, logits = _kept(model, work)
+        kept = _kept(model, work)
     finally:
         model.network.eval()
         model.detach()
@@ -87,13 +84,12 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
         weights=weights,
         adapters=(ADAPTER_COPIES + 1) * factors,
         optimizer=2 * factors if work.optimizer == "adamw" else 0,
-        # The backward pass begins with the gradient of the logits, while all else is still there.
-        activations=round((1 + LOST) * kept) + LOSS_COPIES * logits,
+        activations=round((1 + LOST) * kept),
     )
 
 
-def _kept(model: Model, work: Workload) -> tuple[int, int]:
-    """(bytes that autograd keeps for one micro-batch, bytes of its logits in float32); weights are not counted."""
+def _kept(model: Model, work: Workload) -> int:
+    """Bytes that autograd keeps for one micro-batch; weights are not counted."""
     tokens = work.micro_batch_size * work.cutoff_len
     ids = torch.zeros(work.micro_batch_size, work.cutoff_len, dtype=torch.long)
     # The last token of an example predicts nothing; it is left in for a round figure.
@@ -111,9 +107,9 @@ def _kept(model: Model, work: Workload) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
         logits = model.logits(ids, everything)
-        loss = F.cross_entropy(logits.float(), torch.zeros(tokens, dtype=torch.long), reduction="sum")
+        loss = negative_log_likelihood(logits, torch.zeros(tokens, dtype=torch.long))
     del loss
-    return sum(x.untyped_storage().nbytes() for x in held.values()), logits.numel() * 4
+    return sum(x.untyped_storage().nbytes() for x in held.values())
 
 
 def type_memories(model: Model, plan: RankPlan, work: Workload) -> dict[str, Memory]:

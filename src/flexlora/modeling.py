@@ -158,13 +158,13 @@ class Model:
         if prefix is not None:
             more = {"use_cache": True, "past_key_values": prefix.cache(len(input_ids))}
         with logits_at(self.network, keep):
-            return self.network(input_ids=input_ids, **more).logits[0]
+            return self.network(input_ids=input_ids, **more).logits.flatten(0, 1)
 
     def read_prefix(self, input_ids: Tensor, keep: Tensor) -> tuple[Prefix, Tensor]:
         """Run the (length,) tokens that several sequences begin with, once; also their logits at the positions `keep`."""
         with logits_at(self.network, keep):
             out = self.network(input_ids=input_ids[None], use_cache=True)
-        return Prefix([(x.keys, x.values) for x in out.past_key_values.layers]), out.logits[0]
+        return Prefix([(x.keys, x.values) for x in out.past_key_values.layers]), out.logits.flatten(0, 1)
 
 
 def _target_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

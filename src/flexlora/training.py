@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexlora.adapted import Factors
+from flexlora.likelihood import negative_log_likelihood
 from flexlora.modeling import Model, scaling
 from flexlora.prefix import Prefix
+from flexlora.processor import give_back
 from flexlora.randomness import derive, generator
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
@@ -92,7 +93,7 @@ def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
 def loss_sum(model: Model, batch: MicroBatch, prefix: Prefix | None = None) -> Tensor:
     """Negative log likelihood in nats, summed over the labels of one micro-batch."""
     logits = model.logits(batch.input_ids, batch.keep, prefix)
-    return F.cross_entropy(logits.float(), batch.labels, reduction="sum")
+    return negative_log_likelihood(logits, batch.labels)
 
 
 def batches(lengths: Sequence[int], training: LocalTraining, seed: int) -> list[list[int]]:
@@ -170,6 +171,7 @@ def train_client(
             adapter = tails.cut(adapter)
     finally:
         model.detach()
+        give_back()
     metrics = {
         "train_loss": sum(losses) / len(losses),
         "first_loss": losses[0],
@@ -201,7 +203,7 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
         keep = torch.arange(share if inputs else 0, device=device)
         prefix, logits = model.read_prefix(ids[:-1], keep)
         if inputs:
-            prefix_loss = F.cross_entropy(logits.float(), ids[1:], reduction="sum") * (len(chosen) / count)
+            prefix_loss = negative_log_likelihood(logits, ids[1:]) * (len(chosen) / count)
             total += prefix_loss.detach()
     for a in range(0, len(chosen), training.micro_batch_size):
         part = collate(chosen[a : a + training.micro_batch_size], inputs, device, skip=share)
