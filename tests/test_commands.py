@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import yaml
@@ -99,6 +100,33 @@ class Broken:
                 raise OSError("no\nnetwork")
 
         return answer
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_a_run_reaches_each_tracker_through_accelerate(run: Run, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages are not installed here: a stand-in says what accelerate's tracker handed to them."""
+    package = MagicMock()
+    package.search_experiments.return_value = []
+    package.utils.validation.MAX_PARAM_VAL_LENGTH, package.utils.validation.MAX_PARAMS_TAGS_PER_BATCH = 6000, 100
+    monkeypatch.setitem(sys.modules, name, package)
+    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: object())
+    notes = []
+    with tracking.tracked([name], lambda event, facts: notes.append(event)) as observe:
+        observe("start", {"folder": run.folder})
+        observe("saved", {"line": run.metrics[0]})
+    assert notes == ["start", "saved"]  # no note that the tracker broke
+    expected = tracking.figures(run.metrics[0])
+    if name == "mlflow":
+        assert package.create_experiment.call_args.kwargs["name"] == "flexlora"
+        assert package.start_run.call_args.kwargs["run_name"] == run.folder.name
+        assert package.log_metrics.call_args.args[0] == expected
+        assert package.log_metrics.call_args.kwargs == {"step": 1}
+        package.end_run.assert_called_once()
+    else:
+        given = package.init.call_args.kwargs
+        assert (given["project"], given["name"]) == ("flexlora", run.folder.name)
+        package.init.return_value.log.assert_called_once_with(expected, step=1)
+        package.init.return_value.finish.assert_called_once()
 
 
 def test_a_tracker_that_breaks_is_left_out_and_the_run_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
