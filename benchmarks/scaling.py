@@ -83,7 +83,10 @@ def measure(folder: Path, model: Path, clients: int, runner: str, threads: int) 
         given = {**keys, **RUNNERS[runner], "threads": threads}
         peak = watched([sys.executable, "-c", CASE, json.dumps(given)], lambda pid: [pid, *descendants(pid)])
     whole = time.perf_counter() - begin
-    line = read_metrics(folder / "runs" / f"{runner}-{clients}")[-1]
+    lines = read_metrics(folder / "runs" / f"{runner}-{clients}")
+    if len(lines) < 2:  # `flwr run` ends with 0 whatever became of the run
+        raise SystemExit(f"{runner} with {clients} clients played {len(lines)} of 2 rounds; see its log above")
+    line = lines[-1]
     assert len(line["clients"]) == clients, line.get("failed")
     seconds = line["seconds"]
     slots = threads if runner == "flower" else RUNNERS[runner].get("workers", 1)
@@ -102,7 +105,7 @@ def measure(folder: Path, model: Path, clients: int, runner: str, threads: int) 
 
 def watched(command: list[str], family: Callable[[int], list[int]], **options: Any) -> float:
     """Run a command to its end; the peak memory of the processes that belong to it, in megabytes."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    process = subprocess.Popen(command, stdout=sys.stderr, **options)
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, memory(family(process.pid)))
@@ -120,7 +123,7 @@ def simulation(folder: Path, keys: dict[str, Any], clients: int, threads: int) -
         file.write(f"min_clients = {clients}\n")
     (folder / "local").mkdir()
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    quiet |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", **PATIENCE}
+    quiet |= {"FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1", "RAY_ADDRESS": "local", **PATIENCE}
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     env = {**os.environ, **quiet, "FLWR_HOME": str(folder / "local"), "PATH": path}
     resources = f"num-supernodes={clients} client-resources-num-cpus=1 init-args-num-cpus={threads}"

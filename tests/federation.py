@@ -66,6 +66,7 @@ class Federation:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "OMP_NUM_THREADS": "1",
+            "RAY_ADDRESS": "local",  # a simulation joins no Ray that somebody else started
             **PATIENCE,
         }
 

@@ -1,8 +1,10 @@
 """Whole runs: the state of every round is that of the default runner, whoever trains and whatever dies."""
 
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -128,6 +130,8 @@ def cluster(tmp_path: Path) -> Iterator[str]:
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--num-gpus=1", "--disable-usage-stats"]
     words += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]
     env = {**os.environ, **PATIENCE, "OMP_NUM_THREADS": "1"}
+    own = tempfile.mkdtemp(prefix="r")  # short: sockets lie in it; and nobody else finds this cluster
+    env["RAY_TMPDIR"] = own
     with (tmp_path / "ray.log").open("wb") as log:
         head = subprocess.Popen([str(BIN / "ray"), *words], env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -145,6 +149,7 @@ def cluster(tmp_path: Path) -> Iterator[str]:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
+        shutil.rmtree(own, ignore_errors=True)
 
 
 @pytest.mark.federation
