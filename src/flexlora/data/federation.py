@@ -107,8 +107,8 @@ class Federation:
             turn += 1
         if not sample and examples > 0:
             raise FlexLoraError(
-                f"{self.folder}: no client has an eval example for early stopping: "
-                "add local_eval_*.json or set --validation_examples 0"
+                f"{self.folder}: no client has an eval example for validation and early stop: "
+                "add local_eval_{client}.json with examples for some clients"
             )
         return sample
 
