@@ -103,3 +103,15 @@ def test_only_adapters_counts_and_figures_leave_a_site(tiny: tuple[Path, Path], 
             assert {t.shape[0 if n.endswith("A") else 1] for n, t in tensors.items()} == {rank}
         assert not [word for word in words if word.encode() in content(message)]
     assert kinds == {"query.capabilities", "train", "evaluate"}
+
+
+def test_a_chat_templates_reason_stays_at_the_site() -> None:
+    from jinja2 import TemplateError
+
+    from flexlora.runners.flower import discreet
+    from flexlora.types import FlexLoraError
+
+    refused = FlexLoraError("the template refuses (no such role: SECRET)")
+    refused.__cause__ = TemplateError("no such role: SECRET")
+    assert discreet(refused) == "FlexLoraError; its site's log says more"
+    assert discreet(FlexLoraError("local_training_0.json: record 3")) == "local_training_0.json: record 3"

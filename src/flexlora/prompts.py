@@ -223,7 +223,7 @@ def _chat_text(tokenizer: Any, messages: Sequence[Mapping[str, str]], *, add_gen
         raise FlexLoraError(
             f"prompt_template chat: the tokenizer's chat template refuses a conversation of the roles {roles} "
             f"({reason}): mend the messages or choose --prompt_template alpaca"
-        ) from None
+        ) from error
 
 
 def end_of_turn(template: Template, tokenizer: Any) -> tuple[int, ...]:

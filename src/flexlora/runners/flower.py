@@ -324,8 +324,13 @@ def _model(keys: str) -> Model:
 
 
 def discreet(error: BaseException) -> str:
-    """What the server is told of an error: our own errors name files and places, any other may quote the data."""
-    if isinstance(error, FlexLoraError):
+    """What the server is told of an error: our own errors name files and places, any other may quote the data.
+
+    So may ours where a chat template refused: its reason is the template's own.
+    """
+    from jinja2 import TemplateError
+
+    if isinstance(error, FlexLoraError) and not isinstance(error.__cause__, TemplateError):
         return client.one_line(error)
     traceback.print_exception(error)
     return f"{type(error).__name__}; its site's log says more"
