@@ -16,6 +16,7 @@ from flexlora.config import Config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
 from flexlora.modeling import Model, load_model, scaling
+from flexlora.processor import give_back
 from flexlora.prompts import TokenCache, load_template
 from flexlora.types import (
     Adapter,
@@ -89,7 +90,9 @@ def perform(site: Site, parcel: Parcel) -> Parcel:
     except FlexLoraError as error:
         return wire.pack_failure(ClientFailure(-1, one_line(error)))
     if isinstance(task, TrainTask):
-        return work(site, task, dtype)
+        answer = work(site, task, dtype)
+        give_back()  # a process may wait long for its next task
+        return answer
     score = evaluate(site, task, training_settings)
     return wire.pack_failure(score) if isinstance(score, ClientFailure) else wire.pack_score(score)
 

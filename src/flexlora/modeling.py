@@ -20,13 +20,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexlora import gguf
+from flexlora import attention, gguf
 from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt, freeze
 from flexlora.logits import logits_at
 from flexlora.prefix import Prefix, plain_attention
+from flexlora.processor import multiplies_bfloat16
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+NARROW = 256
+"""Hidden size below which bfloat16 saves no time on a processor: its casts cost what the products save."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Scaling = Literal["alpha_over_r", "rslora"]
@@ -55,6 +58,7 @@ class Model:
                 freeze(module)
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
+        attention.use(network)
         self.shares_prefix: bool = plain_attention(network)
         """Whether `read_prefix` is exact for this architecture."""
 
@@ -203,20 +207,20 @@ def load_model(
 ) -> Model:
     """Load a base model: a Hugging Face name, a local folder, a GGUF file, or "smollm2" (the packaged default).
 
-    `precision` is float32, bfloat16, float16 or auto: float32 on the CPU, bfloat16 on a GPU. Weights are read from
+    `precision` is float32, bfloat16, float16 or auto (see `chosen_precision`). Weights are read from
     safetensors only. Raises FlexLoraError where the model or a target module cannot be had.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    dtype = DTYPES[precision if precision != "auto" else ("bfloat16" if place.type == "cuda" else "float32")]
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         source = _source(name, cache_dir)
         where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
         tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+        dtype = DTYPES[chosen_precision(precision, place, AutoConfig.from_pretrained(**where))]
         network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -231,6 +235,16 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # what generation needs; training pads by itself
     return Model(network.to(place), tokenizer, name=name, targets=targets)
+
+
+def chosen_precision(precision: str, place: torch.device, config: Any) -> str:
+    """What auto means: bfloat16 on a GPU, and on a processor that multiplies in it, for a model of NARROW or more; else
+    float32. The processor is asked, not timed: on one machine every run has the same bits.
+    """
+    if precision != "auto":
+        return precision
+    fast = place.type == "cuda" or (multiplies_bfloat16() and config.get_text_config().hidden_size >= NARROW)
+    return "bfloat16" if fast else "float32"
 
 
 def _source(name: str, cache_dir: Path | None) -> str:

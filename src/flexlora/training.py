@@ -20,7 +20,6 @@ from flexlora.adapted import Factors
 from flexlora.likelihood import negative_log_likelihood
 from flexlora.modeling import Model, scaling
 from flexlora.prefix import Prefix
-from flexlora.processor import give_back
 from flexlora.randomness import derive, generator
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
@@ -171,7 +170,6 @@ def train_client(
             adapter = tails.cut(adapter)
     finally:
         model.detach()
-        give_back()
     metrics = {
         "train_loss": sum(losses) / len(losses),
         "first_loss": losses[0],
@@ -219,7 +217,7 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
 def _optimizer(parameters: list[Tensor], training: LocalTraining) -> torch.optim.Optimizer:
     if training.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=training.learning_rate)
-    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, fused=parameters[0].is_cuda)
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, fused=True)
 
 
 def _step(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from flexlora import client
 from flexlora.client import Site
+from flexlora.processor import give_back
 from flexlora.types import ClientFailure, ClientInfo, ClientScore, ClientUpdate, EvalTask, LocalTraining, TrainTask
 
 
@@ -23,6 +24,7 @@ class LocalRunner:
     def train(self, round: int, tasks: Sequence[TrainTask]) -> Iterator[ClientUpdate | ClientFailure]:
         for task in tasks:
             yield client.train(self.site, task)
+        give_back()
 
     def evaluate(self, round: int, tasks: Sequence[EvalTask]) -> Iterator[ClientScore | ClientFailure]:
         for task in tasks:

@@ -1,0 +1,96 @@
+"""Attention in bfloat16 on a processor, against dense float64 arithmetic; which precision auto means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flexlora import attention, modeling, processor
+from flexlora.modeling import chosen_precision, load_model
+from tiny import tiny_model
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """softmax(q kᵀ / √d) v, head by head, a key head for every two query heads; (batch, length, heads, head size)."""
+    heads = []
+    for h in range(q.shape[1]):
+        scores = q[:, h] @ k[:, h // 2].transpose(1, 2) / q.shape[3] ** 0.5
+        heads.append(scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v[:, h // 2])
+    return torch.stack(heads, 2)
+
+
+@pytest.mark.parametrize(("length", "before"), [(7, 0), (5, 4), (attention.SHORT + 1, 0)])
+def test_bfloat16_attention_and_its_gradients_are_those_of_float64(length: int, before: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, 4, length, 16), (2, 2, before + length, 16), (2, 2, before + length, 16)]
+    parts = q, k, v = [torch.randn(s, generator=draw).bfloat16().requires_grad_() for s in shapes]
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    seen = torch.ones(length, before + length, dtype=torch.bool).tril(before)
+    mask = seen[None, None].expand(2, 1, -1, -1) if before else None
+    y, _ = attention.attend(module, q, k, v, mask, scaling=0.25)
+    truth_parts = [x.detach().double().requires_grad_() for x in parts]
+    truth = dense(truth_parts[0], truth_parts[1], truth_parts[2], seen)
+    assert y.dtype == torch.bfloat16
+    weights = torch.randn(truth.shape, generator=draw).bfloat16()
+    y.backward(weights)
+    truth.backward(weights.double())
+    torch.testing.assert_close(y.double(), truth, atol=0.02, rtol=0.02)
+    for x, t in zip(parts, truth_parts, strict=True):
+        assert x.grad is not None
+        assert t.grad is not None
+        assert float((x.grad.double() - t.grad).norm() / t.grad.norm()) < 0.01
+
+
+def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(str(tiny_model(tmp_path)), precision="bfloat16")
+    calls: list[torch.dtype] = []
+
+    def noted(module: Any, query: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, None]:
+        calls.append(query.dtype)
+        return sdpa(module, query, *rest, **more)
+
+    from transformers.integrations import sdpa_attention
+
+    sdpa = sdpa_attention.sdpa_attention_forward
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noted)
+    ids = torch.arange(6)[None]
+    model.logits(ids, torch.arange(6))
+    with torch.no_grad():
+        model.logits(ids, torch.arange(6))
+    layers = model.network.config.num_hidden_layers
+    assert calls == [torch.float32] * layers + [torch.bfloat16] * layers
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("flags", "place", "width", "precision", "chosen"),
+    [
+        ("fpu avx2", CPU, 576, "auto", "float32"),
+        ("fpu avx512_bf16 x", CPU, 576, "auto", "bfloat16"),
+        ("fpu amx_bf16", CPU, 576, "auto", "bfloat16"),
+        ("fpu amx_bf16", CPU, 64, "auto", "float32"),
+        ("fpu amx_bf16", CPU, 576, "float32", "float32"),
+        ("fpu avx2", GPU, 64, "auto", "bfloat16"),
+        ("fpu avx2", GPU, 64, "float16", "float16"),
+        (None, CPU, 576, "auto", "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(
+    flags: str | None, place: torch.device, width: int, precision: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_text(_: Path, encoding: str) -> str:
+        if flags is None:
+            raise OSError("no such file")
+        return f"model name\t: one\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n"
+
+    monkeypatch.setattr(processor.Path, "read_text", read_text)
+    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=width))
+    assert chosen_precision(precision, place, config) == chosen
+    assert modeling.NARROW > 64
