@@ -43,7 +43,7 @@ def measure(d_out: int, d_in: int, rank: int, repeats: int) -> list[tuple[int, f
         x = LowRank(torch.randn((d_out, R), generator=g), torch.randn((R, d_in), generator=g))
         k = min(rank, R)
         factored = seconds(lambda x=x, k=k: lowrank._factored_gram(x, k) or lowrank._factored_qr(x, k), repeats)
-        dense = seconds(lambda x=x, k=k: lowrank._dense_gram(lowrank.delta(x), k), repeats)
+        dense = seconds(lambda x=x, k=k: lowrank._dense_gram(W := lowrank.delta(x), k, float(W.norm())), repeats)
         rows.append((R, factored, dense))
         print(f"| {d_out} × {d_in} | {k} | {R} | {share:.3g} | {factored:.3f} | {dense:.3f} |", flush=True)
     return rows

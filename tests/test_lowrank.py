@@ -146,7 +146,7 @@ def test_duplicates_leave_dead_directions_dead():
 
 def krylov(W: Tensor, k: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor] | None:
     W = (W / W.norm()).to(dtype)
-    return leading.leading(W, gram(W), k)
+    return leading.leading(W, gram(W), k, float(W.double().norm()))
 
 
 N, K = 640, 12
@@ -189,7 +189,7 @@ def test_certificate_refuses_where_a_direction_is_missed(dtype):
         assert space is not None
         missed = float(torch.linalg.svdvals(W.double())[0]) ** 2 - float(space[0][0]) > 1e-4 * float(space[0][0])
         assert missed == (not honest)
-        assert (leading.leading(W, gram(W), K) is not None) == honest
+        assert (leading.leading(W, gram(W), K, float(W.double().norm())) is not None) == honest
 
 
 def test_large_matrices_take_the_krylov_way_and_are_the_best(monkeypatch):

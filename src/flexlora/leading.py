@@ -35,10 +35,10 @@ def pays(n: int, k: int) -> bool:
     return n >= 768 and 4 * k + 4 * STRIP <= n // 2
 
 
-def leading(W: Tensor, G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def leading(W: Tensor, G: Tensor, k: int, norm: float) -> tuple[Tensor, Tensor, Tensor] | None:
     """U (n, k), S (k,), Vt (k, m), in float64, of W (n, m), n ≤ m, or None where the certificate fails.
 
-    G = W Wᵀ, in W's dtype, in which it works; ‖W‖_F is near 1, so that squares neither overflow nor vanish.
+    G = W Wᵀ, in W's dtype, in which it works; `norm` is ‖W‖_F, so near 1 that squares neither overflow nor vanish.
     """
     found = _krylov(G, k)
     if found is None:
@@ -55,7 +55,7 @@ def leading(W: Tensor, G: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor] | Non
     E = gram(T)
     S2, Y = torch.linalg.eigh(E)
     S2, Y = S2[-k:].flip(0), Y[:, -k:].flip(1)
-    whole = float(torch.linalg.vector_norm(W, dtype=torch.float64)) ** 2
+    whole = norm**2
     bound = _most(G, U, theta, E, k)
     if bound is None or whole - float(S2.sum()) > (1 + TOLERANCE) ** 2 * (whole - bound):
         return None
@@ -103,7 +103,7 @@ def _krylov(G: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
         mu, g = _gap(theta, k)
         coupling = ((beta @ Z[-b:]) ** 2).sum(0).double()
         reach = k * mu + float((theta.double() + 1.1 * coupling / max(g, eps * mu) - mu).clamp(min=0).sum())
-        if ended or reach - held <= TOLERANCE * (whole - held):
+        if ended or reach - held <= 1.5 * TOLERANCE * (whole - held):  # of squares: 2 would be all
             return theta, mm(done.T, Z)
     return None
 
@@ -122,7 +122,7 @@ def _most(G: Tensor, U: Tensor, theta: Tensor, E: Tensor, k: int) -> float | Non
     s = mu - g
     M = mm(U * theta, U.T).sub_(G)
     M.diagonal().add_(s)
-    if torch.linalg.cholesky_ex(M).info.item():
+    if not _positive(M):
         return None
     g -= noise
     if g <= 0:
@@ -130,3 +130,19 @@ def _most(G: Tensor, U: Tensor, theta: Tensor, E: Tensor, k: int) -> float | Non
     R = (mm(G, U) - U * theta).double()
     grown = E + (1.1 * gram(R.T) + 11 * noise**2 * torch.eye(p, dtype=E.dtype, device=E.device)) / g
     return k * mu + float((torch.linalg.eigvalsh(grown) - mu).clamp(min=0).sum())
+
+
+def _positive(M: Tensor) -> bool:
+    """Whether a symmetric M (n, n), which is lost, has a Cholesky factor: in blocks, of which the factor is not kept."""
+    n, block = M.shape[0], 256
+    for i in range(0, n, block):
+        to = i + block
+        L, failed = torch.linalg.cholesky_ex(M[i:to, i:to])
+        if failed.item():
+            return False
+        if to < n:
+            rows = torch.linalg.solve_triangular(L, M[i:to, to:], upper=False)
+            for j in range(0, n - to, 2 * block):  # the upper triangle is enough
+                part = slice(to + j, to + j + 2 * block)
+                M[to : part.stop, part].addmm_(rows[:, : j + 2 * block].T, rows[:, j : j + 2 * block], alpha=-1)
+    return True

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from flexlora import leading
-from flexlora.products import gram, mm
+from flexlora.products import add_mm, gram, mm
 from flexlora.randomness import generator
 from flexlora.types import LowRank
 
@@ -26,6 +26,8 @@ DEAD = 1e-7
 """A direction is dead where its singular value is at most this share of the largest."""
 BLOCK = 0.25
 """Columns that wait in a dense sum until one matrix product adds them all, as a share of `dense_rank`."""
+ALONE = 128
+"""Rank from which an update's product is large enough to be added by itself: copying it into a block saves nothing."""
 CROSSOVER, CROSSOVER_LARGE = 0.75, 0.5
 """Share of min(d_out, d_in): a stack of higher rank is decomposed dense; sooner where a Krylov space is worth it there."""
 DECAYED = 1e-4
@@ -160,19 +162,30 @@ class Sum:
         """Multiply what waits into the dense sum; nothing where the sum is still a stack of factors."""
         if self.rank <= self._most or not self._terms:
             return
-        if self._dense is None:
-            B = self._terms[0][0].B
-            self._dense = torch.zeros((self.d_out, self.d_in), dtype=B.dtype, device=B.device)
+        small: list[tuple[LowRank, float]] = []
+        waiting = 0
         while self._terms:
-            xs: list[LowRank] = []
-            weights: list[float] = []
-            while self._terms and sum(x.A.shape[0] for x in xs) < self._block:
-                x, w = self._terms.pop()
-                xs.append(x)
-                weights.append(w / self._unit)
-            block = stack(xs, weights)
-            self._dense += mm(block.B, block.A)
+            x, w = self._terms.pop()
+            rank, w = x.A.shape[0], w / self._unit
+            if rank >= ALONE and self._dense is not None:
+                add_mm(self._dense, x.B, x.A, w)
+                continue
+            small.append((x, w))
+            waiting += rank
+            if waiting >= self._block or not self._terms:
+                self._multiply(small)
+                small, waiting = [], 0
+        if small:
+            self._multiply(small)
         self._waiting = 0
+
+    def _multiply(self, terms: Sequence[tuple[LowRank, float]]) -> None:
+        """Add terms to the dense sum by one product of their stacks."""
+        block = stack(*zip(*terms, strict=True))
+        if self._dense is None:
+            self._dense = mm(block.B, block.A)
+        else:
+            add_mm(self._dense, block.B, block.A)
 
     def over(self, divisor: float) -> Matrix:
         """Σ w_i B_i A_i / divisor, dense where the stacked rank made it so."""
@@ -222,7 +235,8 @@ def decompose(x: Matrix, rank: int | None = None) -> tuple[Spectrum, float]:
         found, whole = (_factored_gram(x, k) if single else None) or _factored_qr(x, k)
     else:
         W = delta(x)
-        found, whole = (_dense_gram(W, k) if single else None) or _dense_svd(W, k), float(norm(W))
+        whole = float(norm(W))
+        found = (_dense_gram(W, k, whole) if single else None) or _dense_svd(W, k)
         if single:
             found = found._replace(S=found.S.where(found.S[0] * NOISE < found.S, 0.0))
     return _signed(found, _working(dtype)), whole
@@ -251,10 +265,11 @@ def _factored_gram(x: LowRank, k: int) -> tuple[Spectrum, float] | None:
     if failed.item():
         return None
     if leading.pays(L.shape[0], k):
-        found = _by_gram(mm(B, L).T, k)
+        whole = float(norm(x))
+        found = _by_gram(mm(B, L).T, k, whole)
         if found is None:
             return None
-        Z, S, U, whole = found[0], found[1], found[2].T, norm(x)
+        Z, S, U = found[0], found[1], found[2].T
     else:
         GB = gram(B.T)
         whole = (GA * GB).sum().clamp(min=0).sqrt()
@@ -272,12 +287,12 @@ def _factored_gram(x: LowRank, k: int) -> tuple[Spectrum, float] | None:
     return Spectrum(U, S, Vt), float(whole)
 
 
-def _dense_gram(W: Tensor, k: int) -> Spectrum | None:
+def _dense_gram(W: Tensor, k: int, whole: float) -> Spectrum | None:
     """By the Gram matrix of the shorter side. None where nearly all directions are asked for and some are small."""
     if W.shape[0] > W.shape[1]:
-        found = _dense_gram(W.T, k)
+        found = _dense_gram(W.T, k, whole)
         return None if found is None else Spectrum(found.Vt.T, found.S, found.U.T)
-    return _by_gram(W, k)
+    return _by_gram(W, k, whole)
 
 
 def _dense_svd(W: Tensor, k: int) -> Spectrum:
@@ -285,23 +300,24 @@ def _dense_svd(W: Tensor, k: int) -> Spectrum:
     return Spectrum(U[:, :k], S[:k], Vt[:k])
 
 
-def _by_gram(W: Tensor, k: int) -> Spectrum | None:
-    """The k leading directions of W, shorter side first, from W Wᵀ: by a certified Krylov space where that pays, first
+def _by_gram(W: Tensor, k: int, whole: float) -> Spectrum | None:
+    """The k leading directions of W of norm `whole`, shorter side first, from W Wᵀ: by a certified Krylov space where that pays, first
     in float32, then in float64, else by its whole eigen-decomposition in float64.
 
     Small singular values are read off the projection of W, nothing squared; None where that is no less work than the SVD.
     """
-    whole = float(torch.linalg.vector_norm(W, dtype=torch.float64))
     if not whole:
         return None
-    size = 2.0 ** math.frexp(whole)[1]  # a power of two: dividing by it rounds nothing
-    W = W / size
+    size = 1.0
+    if not 1e-6 < whole < 1e6:  # squares shall neither overflow nor vanish
+        size = 2.0 ** math.frexp(whole)[1]  # a power of two: dividing by it rounds nothing
+        W, whole = W / size, whole / size
     krylov = leading.pays(W.shape[0], k)
-    if krylov and (found := leading.leading(W.float(), gram(W.float()), k)):
+    if krylov and (found := leading.leading(W.float(), gram(W.float()), k, whole)):
         return Spectrum(found[0], found[1] * size, found[2])
     W = W.double()
     G = gram(W)
-    if krylov and (found := leading.leading(W, G, k)):
+    if krylov and (found := leading.leading(W, G, k, whole)):
         return Spectrum(found[0], found[1] * size, found[2])
     S2, U = torch.linalg.eigh(G)
     S2, U = S2[-k:].flip(0), U[:, -k:].flip(1)
@@ -335,7 +351,9 @@ def truncate(x: Matrix, rank: int) -> LowRank:
 def norm(x: Matrix) -> Tensor:
     """‖B A‖_F, a 0-d float64 tensor, from the Gram matrices of the factors: no dense matrix."""
     if isinstance(x, Tensor):
-        return torch.linalg.vector_norm(x, dtype=torch.float64)
+        # piece by piece: the cast of all of it would not stay in the cache
+        pieces = (piece.double().flatten() for piece in x.split(max(1, 2**18 // max(1, x.shape[1]))))
+        return sum((torch.dot(y, y) for y in pieces), torch.zeros((), dtype=torch.float64, device=x.device)).sqrt()
     if isinstance(x, Decomposed):
         return torch.tensor(x.norm, dtype=torch.float64)
     return (gram(x.B.double().T) * gram(x.A.double())).sum().clamp(min=0).sqrt()

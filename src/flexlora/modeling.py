@@ -268,7 +268,7 @@ def empty_model(
 ) -> Model:
     """The model of `load_model` on the CPU without tokenizer, of fake tensors: they have shapes and take no memory.
 
-    Only its config.json is read. auto: float32. It runs inside the fake mode that its tensors belong to.
+    Only its config.json is read. auto: float32, which any client has. It runs inside the fake mode that its tensors belong to.
     Raises FlexLoraError where there is no config.json.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
