@@ -94,3 +94,12 @@ def test_flexlora_lets_idle_threads_sleep_unless_told_otherwise() -> None:
         environment |= {"OMP_WAIT_POLICY": told} if told else {}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize("rows", [1, products.FEW, products.FEW + 1])
+def test_few_rows_in_bfloat16_give_the_same_product(rows: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 96, generator=draw).bfloat16() for n in (rows, 130))
+    y = mm(x, w.T)
+    assert y.is_contiguous()
+    torch.testing.assert_close(y.double(), x.double() @ w.double().T, atol=0.15, rtol=0.008)

@@ -15,6 +15,7 @@ import torch
 
 from federation import BIN, PATIENCE, descendants, free_port, until
 from flexlora import Config, run
+from flexlora.launch import silent
 from flexlora.rundir import Run, read_metrics
 from flexlora.runners.workers import worker_runner
 from tiny import tiny_federation, tiny_model
@@ -42,9 +43,9 @@ def expected(tiny: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     return played(tiny, tmp_path_factory.mktemp("runs"))
 
 
-def played(tiny: tuple[Path, Path], folder: Path, notify: Notify | None = None, **keys: Any) -> Run:
+def played(tiny: tuple[Path, Path], folder: Path, notify: Notify = silent, **keys: Any) -> Run:
     config = Config(model=str(tiny[0]), data=tiny[1], output_dir=folder, name="one", **{**KEYS, **keys})
-    return run(config, **({"notify": notify} if notify else {}))
+    return run(config, notify)
 
 
 def same(done: Run, expected: Run) -> None:

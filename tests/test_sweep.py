@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
+from flexlora.config import make_config
+from flexlora.launch import run
+from flexlora.scorer import ModelScorer
 from flexlora.sweep import play_sweep, read_sweep
 from flexlora.tables import grouped
 from flexlora.types import FlexLoraError
@@ -106,3 +109,23 @@ def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any]) -> Non
         play_sweep(read_sweep(path, {"rounds": 5}))
     with pytest.raises(FlexLoraError, match="was run with epochs 1, the sweep says 2"):
         play_sweep(read_sweep(path, {"epochs": 2}))
+
+
+def test_the_base_model_is_scored_once_for_all_runs_that_score_it_alike(
+    tmp_path: Path, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = {**tiny, "rounds": 1, "eval_every": 1}
+    axes = {"seed": [1, 2], "max_new_tokens": [2, 3]}
+    bare: list[int] = []
+    evaluate = ModelScorer.evaluate
+
+    def noted(self: ModelScorer, adapter: Any, by_rank: Any) -> Any:
+        if not adapter:
+            bare.append(self.config.max_new_tokens)
+        return evaluate(self, adapter, by_rank)
+
+    monkeypatch.setattr(ModelScorer, "evaluate", noted)
+    runs = play_sweep(read_sweep(write(tmp_path, **keys, vary=axes)))
+    assert bare == [2, 3]
+    alone = run(make_config({**keys, "seed": 2, "output_dir": tmp_path, "name": "alone"}, "test"))
+    assert alone.base == {r.folder.name: r for r in runs}["2-2"].base

@@ -48,19 +48,29 @@ NOT_ROBUST = {
 DP_INSTEAD = {"robust": "clips and weighs alike", "min_clients": "counts every round, whoever came"}
 
 
+SCORED_BY = (
+    "model", "precision", "device", "trust_remote_code", "data", "num_clients", "prompt_template", "cutoff_len",
+    "train_on_inputs", "eval_examples", "max_new_tokens", "eval_batch_size",
+)  # fmt: skip
+"""Keys of which the held-out scores of the base model are made."""
+
+
 def silent(event: str, facts: Mapping[str, Any]) -> None:
     """The default for `notify`."""
 
 
-def run(config: Config, notify: Notify = silent) -> Run:
-    """Play a whole run and return its folder. Raises FlexLoraError before anything is written where the input is bad."""
+def run(config: Config, notify: Notify = silent, *, base: Mapping[str, Any] | None = None) -> Run:
+    """Play a whole run and return its folder. Raises FlexLoraError before anything is written where the input is bad.
+
+    `base`: the base model's held-out scores where they are known, from a run that agrees in SCORED_BY.
+    """
     if config.resume_from is not None:
         return resume(run_folder(config), at=config.resume_from, config=config, notify=notify)
     folder = run_folder(config)
     refuse_taken(folder)
     with assembled(config, folder, notify) as session, exclusive(folder):
         made = create_run(config, folder, environment(**session.facts))
-        return play(session, made, None, notify)
+        return play(session, made, None, notify, base)
 
 
 def resume(
@@ -96,15 +106,15 @@ class Session:
     """For env.json and the event `start`."""
 
 
-def play(session: Session, run: Run, at: int | None, notify: Notify) -> Run:
+def play(session: Session, run: Run, at: int | None, notify: Notify, base: Mapping[str, Any] | None = None) -> Run:
     """Score the base model if that was not done, then the rounds that are left."""
     setup, scorer = session.setup, session.scorer
     with resumable(run.folder):
         standing = last_standing(setup, run, notify, at)
         notify("start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": setup.config.rounds})
         if not run.base:
-            scores = {"validation": scorer.validate({}), "eval": {}}
-            if setup.config.eval_every:
+            scores = {"validation": scorer.validate({}), "eval": base or {}}
+            if setup.config.eval_every and not base:
                 scores["eval"] = {k: v for k, v in scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
             write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
         notify("base", run.base)

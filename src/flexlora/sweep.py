@@ -15,7 +15,7 @@ from typing import Any
 
 from flexlora.config import Config, alias_table, make_config, read_config
 from flexlora.data.demo import write_demo
-from flexlora.launch import method_of, refuse_unequal, resume, run, silent
+from flexlora.launch import SCORED_BY, method_of, refuse_unequal, resume, run, silent
 from flexlora.ranks import read_plan
 from flexlora.rundir import Run, open_run
 from flexlora.standing import FREE_TO_DIFFER
@@ -87,22 +87,28 @@ def finished(found: Run) -> bool:
 def play_sweep(sweep: Sweep, notify: Callable[[str, Mapping[str, Any]], None] = silent) -> list[Run]:
     """Play what is not done yet, go on with what was interrupted; all runs, in the order of the file.
 
+    The base model is scored once for all runs that score it alike.
+
     Raises FlexLoraError where a run of the folder was made with other keys.
     """
     tasks = sweep.folder / "data"
     if not tasks.exists() and any(config.data == tasks for config in sweep.runs.values()):
         write_demo(tasks)
     played: list[Run] = []
+    bases: dict[str, Mapping[str, Any]] = {}
     for number, (label, config) in enumerate(sweep.runs.items(), 1):
         folder = sweep.folder / label
         notify("sweep", {"run": label, "number": number, "runs": len(sweep.runs)})
+        key = repr([getattr(config, name) for name in SCORED_BY])
         if not (folder / "config.yaml").exists():
-            played.append(run(config, notify))
-            continue
-        found = open_run(folder)
-        refuse_other_keys(found, config)
-        if not finished(found):
-            found = resume(folder, config=config, notify=notify)
+            found = run(config, notify, base=bases.get(key))
+        else:
+            found = open_run(folder)
+            refuse_other_keys(found, config)
+            if not finished(found):
+                found = resume(folder, config=config, notify=notify)
+        if found.base.get("eval"):
+            bases[key] = found.base["eval"]
         played.append(found)
     return played
 
