@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexlora import attention, modeling, processor
+from flexlora.decoding import has_slots
 from flexlora.modeling import chosen_precision, load_model
 from tiny import tiny_model
 
@@ -64,6 +65,10 @@ def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         model.logits(ids, torch.arange(6))
     layers = model.network.config.num_hidden_layers
     assert calls == [torch.float32] * layers + [torch.bfloat16] * layers
+
+
+def test_prompts_are_still_decoded_side_by_side(tmp_path: Path) -> None:
+    assert has_slots(load_model(str(tiny_model(tmp_path))).network)
 
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flexlora import nf4
 from flexlora.products import mm
 
 
@@ -44,8 +45,19 @@ class Scattered:
 class FrozenLinear(nn.Linear):
     """x (..., d_in) -> (..., d_out) through a weight (d_out, d_in) that nothing trains."""
 
+    packed: Any = None
+    """What unpacks `weight` where it is in four bits."""
+
+    def dense(self) -> Tensor:
+        """The weight (d_out, d_in), unpacked if it has to be."""
+        return self.weight if self.packed is None else nf4.unpack(self.weight, self.packed)
+
+    def pack(self, device: torch.device) -> None:
+        """Hold the weight in four bits, on `device`."""
+        self.weight, self.packed = nf4.pack(self.weight, device)
+
     def forward(self, input: Tensor) -> Tensor:
-        return _FrozenLinear.apply(input, self.weight, self.bias)
+        return _FrozenLinear.apply(input, self)
 
 
 class AdaptedLinear(FrozenLinear):
@@ -59,13 +71,13 @@ class AdaptedLinear(FrozenLinear):
     def forward(self, input: Tensor) -> Tensor:
         term = self.term
         if isinstance(term, Scattered):
-            y = _SparseLinear.apply(input, self.weight, self.bias, term.values, term.index)
+            y = _SparseLinear.apply(input, self, term.values, term.index)
         elif term is None or not len(term.A):
             y = super().forward(input)
         else:
             dropped = F.dropout(input, term.dropout) if term.dropout and self.training else None
             A, B = term.A.to(input.dtype), term.B.to(input.dtype)
-            y = _LowRankLinear.apply(input, dropped, self.weight, self.bias, A, B, term.scaling)
+            y = _LowRankLinear.apply(input, dropped, self, A, B, term.scaling)
         if self.extra is not None:
             A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
             y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
@@ -76,20 +88,20 @@ class _FrozenLinear(torch.autograd.Function):
     """y = W x + b, with a gradient for x alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _through(x, weight, bias)
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return _through(x, layer)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (weight,) = ctx.saved_tensors
-        return mm(grad.flatten(0, -2), weight).view(*grad.shape[:-1], weight.shape[1]), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        layer: FrozenLinear = ctx.layer
+        return mm(grad.flatten(0, -2), layer.dense()).view(*grad.shape[:-1], layer.in_features), None
 
 
-def _through(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = mm(x.flatten(0, -2), weight.T).view(*x.shape[:-1], weight.shape[0])
-    return y if bias is None else y.add_(bias)
+def _through(x: Tensor, layer: FrozenLinear) -> Tensor:
+    y = mm(x.flatten(0, -2), layer.dense().T).view(*x.shape[:-1], layer.out_features)
+    return y if layer.bias is None else y.add_(layer.bias)
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -100,25 +112,23 @@ class _LowRankLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z: Tensor | None, layer: FrozenLinear, A: Tensor, B: Tensor, s: float) -> Tensor:
         inside = (x if z is None else z).flatten(0, -2)  # (tokens, d_in)
         h = mm(inside, A.T)  # (tokens, r)
-        y = _through(x, weight, bias)
+        y = _through(x, layer)
         y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
-        ctx.save_for_backward(inside, weight, A, B, h)
-        ctx.s, ctx.dropped = s, z is not None
+        ctx.save_for_backward(inside, A, B, h)
+        ctx.layer, ctx.s, ctx.dropped = layer, s, z is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, weight, A, B, h = ctx.saved_tensors
-        need_x, need_z, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        z, A, B, h = ctx.saved_tensors
+        need_x, need_z, _, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.flatten(0, -2)  # (tokens, d_out)
         dh = mm(g, B)
-        dx = mm(g, weight) if need_x else None
+        dx = mm(g, ctx.layer.dense()) if need_x else None
         dz = dA = dB = None
         if ctx.dropped:
             dz = mm(dh, A).mul_(ctx.s).view(*grad.shape[:-1], A.shape[1]) if need_z else None
@@ -128,27 +138,28 @@ class _LowRankLinear(torch.autograd.Function):
             dA = mm(dh.T, z).mul_(ctx.s)
         if need_B:
             dB = mm(g.T, h).mul_(ctx.s)
-        return None if dx is None else dx.view(*grad.shape[:-1], A.shape[1]), dz, None, None, dA, dB, None
+        return None if dx is None else dx.view(*grad.shape[:-1], A.shape[1]), dz, None, dA, dB, None
 
 
 class _SparseLinear(torch.autograd.Function):
     """y = (W + D) x, with gradients for x and the values of D; W + D is built twice rather than kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, values, index)
-        return F.linear(x, _scatter(weight, values, index), bias)
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, values, index)
+        ctx.layer = layer
+        return F.linear(x, _scatter(layer.dense(), values, index), layer.bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
-        x, weight, values, index = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+        x, values, index = ctx.saved_tensors
         g = grads[0]
-        dx = g @ _scatter(weight, values, index) if ctx.needs_input_grad[0] else None
+        dx = g @ _scatter(ctx.layer.dense(), values, index) if ctx.needs_input_grad[0] else None
         dvalues = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             dense = g.flatten(0, -2).T @ x.flatten(0, -2)  # (d_out, d_in)
             dvalues = dense.flatten()[index].to(values.dtype)
-        return dx, None, None, dvalues, None
+        return dx, None, dvalues, None
 
 
 def _scatter(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:

@@ -66,14 +66,14 @@ def open_site(config: Config, kept: Path) -> Site:
     return Site(load(config), federation, TokenCache(), kept, config.eval_batch_size)
 
 
-def load(config: Config) -> Model:
-    """The configured base model, its linear layers ready for adapters."""
+def load(config: Config, precision: str | None = None) -> Model:
+    """The configured base model, its linear layers ready for adapters; `precision` wins over the configured one."""
     return load_model(
         config.model,
         targets=config.lora_target_modules,
         cache_dir=config.cache_dir,
         device=config.device,
-        precision=config.precision,
+        precision=precision or config.precision,
         trust_remote_code=config.trust_remote_code,
     )
 

@@ -41,7 +41,7 @@ class Config(BaseModel):
 
     model: str = key("smollm2", "Model", "global_model")
     """A Hugging Face name, a local folder, a GGUF file, or `smollm2` (the packaged default)."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = key("auto", "Model")
+    precision: Literal["auto", "float32", "bfloat16", "float16", "nf4"] = key("auto", "Model")
     """Type of the base weights; auto: float32 on CPU, bfloat16 on a GPU."""
     device: str = key("auto", "Model")
     """auto, cpu, cuda, cuda:1, …"""

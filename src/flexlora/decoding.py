@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from flexlora import attention
 from flexlora.batching import Chunk, common, plan
 from flexlora.logits import likeliest_tokens, logits_at, pass_tokens, token_nll
 
@@ -70,7 +71,7 @@ def has_slots(network: nn.Module) -> bool:
         and (not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True))
         and not getattr(config, "alibi", False)
         and not getattr(network, "_is_stateful", False)
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and getattr(config, "_attn_implementation", None) in (attention.NAME, "sdpa", "eager")
         and {"position_ids", "past_key_values"} <= set(inspect.signature(network.forward).parameters)
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from flexlora import nf4
 from flexlora.likelihood import negative_log_likelihood
 from flexlora.modeling import Model
 from flexlora.ranks import RankPlan, resolve
@@ -79,7 +80,13 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
         model.network.eval()
         model.detach()
     factors = sum(x.numel() * 4 for pair in adapter.values() for x in pair)
-    weights = sum(x.numel() * x.element_size() for x in {id(p): p for p in model.network.parameters()}.values())
+    sizes = {id(p): p.numel() * p.element_size() for p in model.network.parameters()}
+    unpacked = 0
+    if model.packed:  # four bits and their scales, and the one weight that is unpacked at a time
+        linear = [layer.weight for layer in model.packable()]
+        unpacked = max(sizes[id(p)] for p in linear)
+        sizes |= {id(p): round(p.numel() * nf4.BITS / 8) for p in linear}
+    weights = sum(sizes.values()) + unpacked
     return Memory(
         weights=weights,
         adapters=(ADAPTER_COPIES + 1) * factors,

@@ -20,8 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexlora import attention, gguf
-from flexlora.adapted import AdaptedLinear, Factors, Scattered, adapt, freeze
+from flexlora import attention, gguf, nf4
+from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
 from flexlora.logits import logits_at
 from flexlora.prefix import Prefix, plain_attention
 from flexlora.processor import multiplies_bfloat16
@@ -50,6 +50,8 @@ class Model:
         self.network = network
         self.tokenizer = tokenizer
         self.name = name
+        self.packed = False
+        """Whether its linear weights are in four bits."""
         network.requires_grad_(False)
         network.eval()
         self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
@@ -61,6 +63,21 @@ class Model:
         attention.use(network)
         self.shares_prefix: bool = plain_attention(network)
         """Whether `read_prefix` is exact for this architecture."""
+
+    def pack(self, device: torch.device) -> None:
+        """Hold all linear weights but the output layer's in four bits, on `device`. Raises FlexLoraError where that cannot be.
+
+        The fingerprint stays that of the weights as they were.
+        """
+        nf4.library()
+        assert self.fingerprint
+        for layer in self.packable():
+            layer.pack(device)
+        self.packed = True
+
+    def packable(self) -> list[FrozenLinear]:
+        output = self.network.get_output_embeddings()
+        return [x for x in self.network.modules() if isinstance(x, FrozenLinear) and x is not output]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -207,8 +224,9 @@ def load_model(
 ) -> Model:
     """Load a base model: a Hugging Face name, a local folder, a GGUF file, or "smollm2" (the packaged default).
 
-    `precision` is float32, bfloat16, float16 or auto (see `chosen_precision`). Weights are read from
-    safetensors only. Raises FlexLoraError where the model or a target module cannot be had.
+    `precision` is float32, bfloat16, float16, nf4 (four bits, see `flexlora.nf4`), stored (as the file has it) or auto (see
+    `chosen_precision`). Weights are read from safetensors only. Raises FlexLoraError where the model or a target module
+    cannot be had.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -220,7 +238,10 @@ def load_model(
         source = _source(name, cache_dir)
         where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
         tokenizer: Any = AutoTokenizer.from_pretrained(**where)
-        dtype = DTYPES[chosen_precision(precision, place, AutoConfig.from_pretrained(**where))]
+        dtype = "auto"
+        if precision != "stored":
+            wanted = "auto" if precision == "nf4" else precision
+            dtype = DTYPES[chosen_precision(wanted, place, AutoConfig.from_pretrained(**where))]
         network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -234,7 +255,11 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # what generation needs; training pads by itself
-    return Model(network.to(place), tokenizer, name=name, targets=targets)
+    model = Model(network, tokenizer, name=name, targets=targets)
+    if precision == "nf4":
+        model.pack(place)
+    network.to(place)
+    return model
 
 
 def chosen_precision(precision: str, place: torch.device, config: Any) -> str:
@@ -279,7 +304,7 @@ def empty_model(
         with FakeTensorMode():
             network = AutoModelForCausalLM.from_config(
                 config,
-                dtype=DTYPES["float32" if precision == "auto" else precision],
+                dtype=DTYPES[{"auto": "float32", "nf4": "bfloat16"}.get(precision, precision)],
                 trust_remote_code=trust_remote_code,
             )
     except (OSError, ValueError) as error:
@@ -287,7 +312,9 @@ def empty_model(
         raise FlexLoraError(
             f"--model {name}: cannot be read ({reason}); give a folder with config.json, or smollm2"
         ) from error
-    return Model(network, None, name=name, targets=targets)
+    model = Model(network, None, name=name, targets=targets)
+    model.packed = precision == "nf4"
+    return model
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

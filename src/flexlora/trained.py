@@ -205,7 +205,7 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
     elif rank is not None:
         what = f"The best approximation of the global delta weight at rank {rank} in every module."
     if merge:
-        save_merged(load(config), adapter, {}, out)
+        save_merged(load(config, "stored"), adapter, {}, out)
         write_text(out / "README.md", model_card(config, facts, line, what, "transformers"))
         return out
     save_adapter(

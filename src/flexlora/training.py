@@ -70,7 +70,10 @@ def collate(
         first = 1 if train_on_inputs else max(1, x.response_start - skip)
         labels.append(ids[first:])
         keep.append(torch.arange(first, len(ids)) + (row * length - 1))
-    return MicroBatch(input_ids.to(device), torch.cat(keep).to(device), torch.cat(labels).to(device))
+    parts = (input_ids, torch.cat(keep), torch.cat(labels))
+    if torch.device(device).type == "cuda":  # pinned: the copy runs beside the work that is queued
+        return MicroBatch(*(x.pin_memory().to(device, non_blocking=True) for x in parts))
+    return MicroBatch(*(x.to(device) for x in parts))
 
 
 def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
