@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora import gguf
-from flexlora.adapted import Factors, adapt
+from flexlora.adapted import Factors, adapt, dropped
 from flexlora.modeling import (
     Model,
     Scaling,
@@ -257,7 +257,10 @@ def test_the_layer_has_the_values_and_gradients_of_plain_operations(dropout: flo
         x_, A_, B_ = (t.clone().requires_grad_(need) for t, need in ((x, need_x), (A, "A" in train), (B, "B" in train)))
         torch.manual_seed(5)
         if plain:
-            z = torch.nn.functional.dropout(x_, dropout) if dropout else x_
+            z = x_
+            if dropout:
+                keep = torch.ones(x_.numel(), dtype=x_.dtype).index_fill(0, dropped(x_, dropout), 0)
+                z = x_ * keep.view_as(x_) / (1 - dropout)
             y = x_ @ W.T + (b if bias else 0.0) + 1.7 * (z @ A_.T @ B_.T)
         else:
             layer.term = Factors(A_, B_, 1.7, dropout)
@@ -271,6 +274,39 @@ def test_the_layer_has_the_values_and_gradients_of_plain_operations(dropout: flo
                 assert (ours is None) == (truth is None)
                 if ours is not None:
                     torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("p", [0.01, 0.3, 0.9])
+def test_every_entry_is_dropped_by_itself_with_the_given_probability(p: float) -> None:
+    """Counts of entries and of pairs of neighbours against those of independent draws, within five deviations."""
+    n, rounds = 400, 2000
+    with torch.random.fork_rng():
+        torch.manual_seed(11)
+        drops = torch.zeros(rounds, n)
+        for row in drops:
+            at = dropped(torch.empty(20, 20), p)
+            assert bool((at.diff() > 0).all())
+            row[at] = 1.0
+    for q, share in ((p, drops), (p * p, drops[:, 1:] * drops[:, :-1]), (p * p, drops[:, 7:] * drops[:, :-7])):
+        deviation = (q * (1 - q) / rounds) ** 0.5
+        assert float((share.mean(0) - q).abs().max()) < 5 * deviation
+        assert abs(float(share.mean()) - q) < 5 * deviation * 3**0.5 / share.shape[1] ** 0.5
+
+
+def test_dropping_draws_again_where_the_first_draw_ends_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    rand, sizes = torch.rand, []
+
+    def short(few: int) -> torch.Tensor:
+        sizes.append(few)
+        return rand(few) if len(sizes) > 2 else torch.zeros(few)  # gaps of one
+
+    monkeypatch.setattr(torch, "rand", short)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        at = dropped(torch.empty(10, 40), 0.1)
+    assert len(sizes) == 3
+    assert at[: 2 * sizes[0]].tolist() == list(range(2 * sizes[0]))
+    assert int(at.max()) < 400
 
 
 def test_fingerprint_is_of_the_weights_not_of_folder_or_precision(folder: Path, model: Model, tmp_path: Path) -> None:

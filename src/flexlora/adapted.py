@@ -7,6 +7,7 @@ SLoRA's ``y = (W + D) x`` with a sparse D.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +76,9 @@ class AdaptedLinear(FrozenLinear):
         elif term is None or not len(term.A):
             y = super().forward(input)
         else:
-            dropped = F.dropout(input, term.dropout) if term.dropout and self.training else None
+            p = term.dropout if self.training else 0.0
             A, B = term.A.to(input.dtype), term.B.to(input.dtype)
-            y = _LowRankLinear.apply(input, dropped, self, A, B, term.scaling)
+            y = _LowRankLinear.apply(input, dropped(input, p) if p else None, self, A, B, term.scaling / (1 - p))
         if self.extra is not None:
             A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
             y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
@@ -105,40 +106,70 @@ def _through(x: Tensor, layer: FrozenLinear) -> Tensor:
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """y = W x + b + s B A z with z = x, or x after dropout: the low-rank term is added inside the matrix products.
+    """y = W x + b + s B A z with z = x, or x without what was `dropped`: the low-rank term is added inside the products.
 
     Against the same in plain operations it saves three passes over (tokens, d_out) and (tokens, d_in), and the memory
     of the products.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z: Tensor | None, layer: FrozenLinear, A: Tensor, B: Tensor, s: float) -> Tensor:
-        inside = (x if z is None else z).flatten(0, -2)  # (tokens, d_in)
-        h = mm(inside, A.T)  # (tokens, r)
+    def forward(
+        ctx: Any, x: Tensor, drop: Tensor | None, layer: FrozenLinear, A: Tensor, B: Tensor, s: float
+    ) -> Tensor:
+        z = x.flatten(0, -2)  # (tokens, d_in)
+        if drop is not None:
+            z = _without(z.clone(memory_format=torch.contiguous_format), drop)
+        h = mm(z, A.T)  # (tokens, r)
         y = _through(x, layer)
         y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
-        ctx.save_for_backward(inside, A, B, h)
-        ctx.layer, ctx.s, ctx.dropped = layer, s, z is not None
+        ctx.save_for_backward(z, drop, A, B, h)
+        ctx.layer, ctx.s = layer, s
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, A, B, h = ctx.saved_tensors
-        need_x, need_z, _, need_A, need_B, _ = ctx.needs_input_grad
+        z, drop, A, B, h = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
         g = grad.flatten(0, -2)  # (tokens, d_out)
         dh = mm(g, B)
-        dx = mm(g, ctx.layer.dense()) if need_x else None
-        dz = dA = dB = None
-        if ctx.dropped:
-            dz = mm(dh, A).mul_(ctx.s).view(*grad.shape[:-1], A.shape[1]) if need_z else None
-        elif dx is not None:
-            dx.addmm_(dh, A, alpha=ctx.s)
+        dx = dA = dB = None
+        if need_x:
+            dx = mm(g, ctx.layer.dense())
+            if drop is None:
+                dx.addmm_(dh, A, alpha=ctx.s)
+            else:
+                dx.add_(_without(mm(dh, A), drop), alpha=ctx.s)
+            dx = dx.view(*grad.shape[:-1], A.shape[1])
         if need_A:
             dA = mm(dh.T, z).mul_(ctx.s)
         if need_B:
             dB = mm(g.T, h).mul_(ctx.s)
-        return None if dx is None else dx.view(*grad.shape[:-1], A.shape[1]), dz, None, dA, dB, None
+        return dx, None, None, dA, dB, None
+
+
+def dropped(x: Tensor, p: float) -> Tensor:
+    """Which entries of x are dropped, each by itself with probability p: their places in x.flatten(), or a mask.
+
+    On a processor the gaps between them are drawn, which are geometric: n p numbers instead of n.
+    """
+    if type(x) is not Tensor or x.device.type != "cpu":
+        return torch.rand((x.shape[:-1].numel(), x.shape[-1]), device=x.device) < p
+    n, expected = x.numel(), x.numel() * p
+    few = int(expected + 6 * expected**0.5) + 8
+    at = torch.full((1,), -1)
+    while int(at[-1]) < n - 1:  # once is enough but once in a billion times
+        gaps = torch.rand(few).neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
+        at = torch.cat([at, gaps.cumsum_(0).add_(at[-1])])
+    return at[1 : int(torch.searchsorted(at, n))]
+
+
+def _without(x: Tensor, drop: Tensor) -> Tensor:
+    """x (tokens, d), contiguous, with zeros where something is dropped; in place."""
+    if drop.dtype == torch.bool:
+        return x.masked_fill_(drop, 0)
+    x.view(-1).index_fill_(0, drop, 0)
+    return x
 
 
 class _SparseLinear(torch.autograd.Function):
