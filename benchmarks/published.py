@@ -2,6 +2,7 @@
 
     python benchmarks/results_data.py ../shared/data/ni/64 runs/published-data --examples 24
     python benchmarks/published.py --data runs/published-data
+    python benchmarks/published.py --data runs/published-data --precision float32      # the same arithmetic: losses compare
     python benchmarks/published.py --data runs/published-data --spare-hashing
 
 The published way is written here from its description. For each client: the data set is read and tokenised again, by a
@@ -50,11 +51,11 @@ def peak() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
-def ours(data: Path, rounds: int, ranks: str, out: Path) -> dict[str, Any]:
+def ours(data: Path, rounds: int, ranks: str, precision: Any, out: Path) -> dict[str, Any]:
     """Run flexlora; writes down who trained at which ranks from which seed, and the adapters of the first round."""
     config = flexlora.Config(
         data=data, num_clients=CLIENTS, method="flexlora", ranks=ranks, rounds=rounds, participation=4 / CLIENTS,
-        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=True, output_dir=out, name="run", **SETTINGS,
+        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=True, precision=precision, output_dir=out, name="run", **SETTINGS,
     )  # fmt: skip
     tasks: list[dict[str, Any]] = []
     train = training.train_client
@@ -193,13 +194,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data folder of 64 clients")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ranks", default="random")
+    parser.add_argument("--precision", default="auto", help="of ours; the published way computes in float32")
     parser.add_argument("--spare-hashing", action="store_true", help="spare the published way the hashing of the model")
     parser.add_argument("--way", choices=("ours", "published"), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.way:
         made = (
-            ours(given.data, given.rounds, given.ranks, given.out)
+            ours(given.data, given.rounds, given.ranks, given.precision, given.out)
             if given.way == "ours"
             else published(given.data, given.rounds, given.out, not given.spare_hashing)
         )
@@ -211,7 +213,8 @@ def main() -> None:
             subprocess.run([sys.executable, *sys.argv, "--way", way, "--out", out], check=True)
             found[way] = json.loads((Path(out) / f"{way}.json").read_text())
     we, they = found["ours"], found["published"]
-    print(f"\nsmollm2, 4 clients a round, ranks {given.ranks}, {torch.get_num_threads()} threads\n")
+    threads = torch.get_num_threads()
+    print(f"\nsmollm2, 4 clients a round, ranks {given.ranks}, ours in {given.precision}, {threads} threads\n")
     print("| round | ours s | published s | ratio | largest difference of a client's loss |\n|---|---|---|---|---|")
     for i in range(given.rounds):
         apart = max(abs(we["losses"][i][c] - they["losses"][i][c]) for c in they["losses"][i])
