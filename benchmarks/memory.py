@@ -28,7 +28,7 @@ CASES = ((8, 1, 128), (8, 2, 256), (64, 2, 256), (8, 4, 256), (8, 2, 512), (200,
 
 def measure(name: str, rank: int, batch: int, length: int) -> int:
     """Peak resident bytes of this process while one client trains two steps of full-length examples."""
-    model = load_model(name)
+    model = load_model(name, precision="float32")
     ranks = {m: min(rank, *shape) for m, shape in model.shapes.items()}
     adapter = {
         m: LowRank(torch.zeros(shape[0], ranks[m]), torch.randn(ranks[m], shape[1]))
@@ -56,7 +56,7 @@ def main() -> None:
     if given.case:
         print(measure(given.model, *given.case))
         return
-    empty = empty_model(given.model)
+    empty = empty_model(given.model, precision="float32")
     print("| rank | micro_batch_size | cutoff_len | estimated MB | measured MB | error |\n|---|---|---|---|---|---|")
     for rank, batch, length in CASES:
         ranks = {m: min(rank, *shape) for m, shape in empty.shapes.items()}

@@ -55,7 +55,8 @@ def ours(data: Path, rounds: int, ranks: str, precision: Any, out: Path) -> dict
     """Run flexlora; writes down who trained at which ranks from which seed, and the adapters of the first round."""
     config = flexlora.Config(
         data=data, num_clients=CLIENTS, method="flexlora", ranks=ranks, rounds=rounds, participation=4 / CLIENTS,
-        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=True, precision=precision, output_dir=out, name="run", **SETTINGS,
+        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=True, output_dir=out, name="run",
+        precision=precision, **SETTINGS,
     )  # fmt: skip
     tasks: list[dict[str, Any]] = []
     train = training.train_client

@@ -78,17 +78,37 @@ def energies(groups: dict[str, dict[int, Run]]) -> list[str]:
     return lines
 
 
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571}
+"""Two-sided 95 % quantile of Student's t for a mean of so many values."""
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean and half width of its 95 % interval; a star where that leaves zero out."""
+    mean = statistics.fmean(values)
+    if len(values) not in STUDENT:
+        return f"{mean:+.3f}"
+    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.3f} ± {half:.3f}{' *' if abs(mean) > half else ''}"
+
+
+def comparable(rival: str, label: str) -> bool:
+    """Equal ranks against unequal ones, and flexlora against what goes beyond it on the same distribution."""
+    if rival.startswith("fedavg"):
+        return not label.startswith("fedavg")
+    method, _, ranks = rival.partition("-")
+    return method == "flexlora" and label != rival and label.endswith(f"-{ranks}")
+
+
 def differences(groups: dict[str, dict[int, Run]]) -> list[str]:
     """Paired by seed, since a seed has the same clients, ranks and data order whatever the method."""
-    lines = ["| against | run | seeds | held-out loss | ROUGE-L |", "|---|---|---|---|---|"]
+    columns = ("held-out loss", "validation loss", "ROUGE-L")
+    lines = ["| against | run | seeds | " + " | ".join(columns) + " |", "|---|---|---|" + "---|" * len(columns)]
     for rival in groups:
         for label, runs in groups.items():
             seeds = sorted(set(runs) & set(groups[rival]))
-            if label == rival or not rival.startswith("fedavg") or label.startswith("fedavg") or not seeds:
+            if not comparable(rival, label) or not seeds:
                 continue
-            cells = []
-            for name in ("held-out loss", "ROUGE-L"):
-                cells.append(spread([COLUMNS[name](runs[s]) - COLUMNS[name](groups[rival][s]) for s in seeds]))
+            cells = [interval([COLUMNS[c](runs[s]) - COLUMNS[c](groups[rival][s]) for s in seeds]) for c in columns]
             lines.append(f"| {rival} | {label} | {', '.join(map(str, seeds))} | {' | '.join(cells)} |")
     return lines
 
