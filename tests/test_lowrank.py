@@ -258,6 +258,26 @@ def test_inputs_are_untouched_and_results_are_their_own():
     assert torch.equal(mean.A, before.A)
 
 
+@pytest.mark.parametrize("rank", [2, lowrank.ALONE + 1])
+def test_a_sum_goes_on_after_it_was_looked_at(rank):
+    """Dense, by blocks and by updates that are large enough to be added alone; what was seen does not change."""
+    total = lowrank.Sum(40, 30)
+    xs = [pair(i, 40, 30, rank) for i in range(30)]
+    weights = [1.0 + i % 3 for i in range(30)]
+    seen = []
+    for i, (x, w) in enumerate(zip(xs, weights, strict=True)):
+        total.add(x, w)
+        if i in (20, 29):
+            for divisor in (total.total, 7.0):
+                W = total.over(divisor)
+                assert isinstance(W, Tensor)
+                seen.append((i, divisor, W, W.clone()))
+    for i, divisor, W, then in seen:
+        truth = sum(oracle.product(*x) * w for x, w in zip(xs[: i + 1], weights[: i + 1], strict=True)) / divisor
+        assert torch.equal(W, then)
+        assert oracle.distance(W, truth) <= 1e-5 * float(truth.norm())
+
+
 @pytest.mark.parametrize("rank", [1, 3, 8, 11, 30])
 @pytest.mark.parametrize("split", ["B", "balanced"])
 def test_no_dead_directions(rank, split):

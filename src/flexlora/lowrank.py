@@ -135,6 +135,7 @@ class Sum:
         self._waiting = 0
         self._dense: Tensor | None = None
         self._unit = 1.0  # the first weight: counted in it, one update or equal weights are summed without rounding
+        self._given = False  # whether somebody has the dense sum: it is copied before anything is added
 
     def add(self, x: LowRank, weight: float, *, wait: bool = False) -> None:
         """Add weight · B A. The first update fixes device and dtype.
@@ -162,6 +163,8 @@ class Sum:
         """Multiply what waits into the dense sum; nothing where the sum is still a stack of factors."""
         if self.rank <= self._most or not self._terms:
             return
+        if self._given and self._dense is not None:
+            self._dense, self._given = self._dense.clone(), False
         small: list[tuple[LowRank, float]] = []
         waiting = 0
         while self._terms:
@@ -192,7 +195,12 @@ class Sum:
         if self.rank > self._most:
             self.flush()
             assert self._dense is not None
-            return self._dense * (self._unit / divisor)
+            if self._given:
+                return self._dense * (self._unit / divisor)
+            self._given = True
+            self._dense.mul_(self._unit / divisor)  # from now on it is counted in `divisor`
+            self._unit = divisor
+            return self._dense
         if not self._terms:
             return empty(self.d_out, self.d_in)
         xs, weights = zip(*self._terms, strict=True)
