@@ -113,9 +113,10 @@ def play(session: Session, run: Run, at: int | None, notify: Notify, base: Mappi
         standing = last_standing(setup, run, notify, at)
         notify("start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": setup.config.rounds})
         if not run.base:
-            scores = {"validation": scorer.validate({}), "eval": base or {}}
-            if setup.config.eval_every and not base:
-                scores["eval"] = {k: v for k, v in scorer.evaluate({}, {}).items() if k != "loss_by_rank"}
+            scores = {"validation": scorer.validate({}), "eval": {}}
+            if setup.config.eval_every:
+                evaluated = base or scorer.evaluate({}, {})
+                scores["eval"] = {k: v for k, v in evaluated.items() if k != "loss_by_rank"}
             write_text(run.folder / "base.json", json.dumps(scores, indent=2) + "\n")
         notify("base", run.base)
         return run_rounds(setup, session.runner, run, standing, notify)
