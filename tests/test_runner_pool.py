@@ -208,7 +208,7 @@ def anonymous():
 
 load(Config(model=sys.argv[1]))  # what is loaded once whatever the model is
 before = anonymous()
-model = load(Config(model=sys.argv[2]))
+model = load(Config(model=sys.argv[2], precision="float32"))  # as the file has it
 total = sum(float(p.sum()) for p in model.network.parameters())  # every page is touched
 print(anonymous() - before)
 """
