@@ -3,9 +3,7 @@
     python benchmarks/training.py                      # smollm2, r = 8 on all seven projections, batches of 8 x 128
     python benchmarks/training.py --data DIR           # also batches of 8 records of one client of that data folder
     python benchmarks/training.py --dropout 0.05       # flexlora's default; the others draw for every entry
-
-The base model is in float32, as those two come; where flexlora's own choice is bfloat16, that stands beside it, and
-PEFT's loop in bfloat16 too.
+    python benchmarks/training.py --bfloat16           # beside float32, flexlora and PEFT's loop in bfloat16
 
 The variants take turns, batch after batch, so that a busy machine slows all of them alike; medians are compared. The
 CPU column counts processor time, which other work on the machine hardly changes. The floor is four flops per frozen
@@ -141,16 +139,16 @@ def trainer(network: Any, train_on_inputs: bool) -> Step:
 
 
 def gemm_rate(batch: Batch, dtype: torch.dtype) -> float:
-    """Flops a processor second of the frozen products of a SmolLM2 block, by the faster library, at this many tokens."""
+    """Flops a second and thread of the frozen products of a SmolLM2 block, by the faster library, at this many tokens."""
     tokens, best = sum(len(x.input_ids) for x in batch), 0.0
     for d_out, d_in in ((576, 576), (1536, 576), (576, 1536)):
         x, w = torch.randn(tokens, d_in).to(dtype), torch.randn(d_out, d_in).to(dtype)
         for _ in range(6):
             for multiply in (torch.mm, mm):
-                start = time.process_time()
+                start = time.perf_counter()
                 multiply(x, w.T)
-                best = max(best, 2 * tokens * d_out * d_in / (time.process_time() - start))
-    return best
+                best = max(best, 2 * tokens * d_out * d_in / (time.perf_counter() - start))
+    return best / torch.get_num_threads()
 
 
 def dtype_of(model: Model) -> torch.dtype:
@@ -213,13 +211,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip_synthetic", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--bfloat16", action="store_true")
     options = parser.parse_args()
     folder = str(gguf.converted(gguf.smollm2_file()))
-    single, auto = load_model("smollm2", precision="float32"), load_model("smollm2")
+    single = load_model("smollm2", precision="float32")
     models = {"flexlora": single}
     networks = {"PEFT + torch loop": peft_network(folder, torch.float32, options.dropout)}
-    if dtype_of(auto) == torch.bfloat16:
-        models["flexlora, bfloat16"] = auto
+    if options.bfloat16:
+        models["flexlora, bfloat16"] = load_model("smollm2", precision="bfloat16")
         networks["PEFT loop, bfloat16"] = peft_network(folder, torch.bfloat16, options.dropout)
     print(
         f"smollm2, rank {RANK} on all seven projections, dropout {options.dropout:g}, {torch.get_num_threads()} threads"

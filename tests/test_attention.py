@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on a processor, against dense float64 arithmetic; which precision auto means."""
+"""Attention in bfloat16 on a processor, against dense float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flexlora import attention, modeling, processor
+from flexlora import attention
 from flexlora.decoding import has_slots
-from flexlora.modeling import chosen_precision, load_model
+from flexlora.modeling import load_model
 from tiny import tiny_model
 
 
@@ -69,33 +69,3 @@ def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_prompts_are_still_decoded_side_by_side(tmp_path: Path) -> None:
     assert has_slots(load_model(str(tiny_model(tmp_path))).network)
-
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("flags", "place", "width", "precision", "chosen"),
-    [
-        ("fpu avx2", CPU, 576, "auto", "float32"),
-        ("fpu avx512_bf16 x", CPU, 576, "auto", "bfloat16"),
-        ("fpu amx_bf16", CPU, 576, "auto", "bfloat16"),
-        ("fpu amx_bf16", CPU, 64, "auto", "float32"),
-        ("fpu amx_bf16", CPU, 576, "float32", "float32"),
-        ("fpu avx2", GPU, 64, "auto", "bfloat16"),
-        ("fpu avx2", GPU, 64, "float16", "float16"),
-        (None, CPU, 576, "auto", "float32"),
-    ],
-)
-def test_auto_is_bfloat16_where_the_processor_multiplies_in_it(
-    flags: str | None, place: torch.device, width: int, precision: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read_text(_: Path, encoding: str) -> str:
-        if flags is None:
-            raise OSError("no such file")
-        return f"model name\t: one\nflags\t\t: {flags}\nbugs\t\t: amx_bf16\n"
-
-    monkeypatch.setattr(processor.Path, "read_text", read_text)
-    config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=width))
-    assert chosen_precision(precision, place, config) == chosen
-    assert modeling.NARROW > 64

@@ -276,6 +276,23 @@ def test_the_layer_has_the_values_and_gradients_of_plain_operations(dropout: flo
                     torch.testing.assert_close(ours, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_half_precision_does_not_swallow_a_small_adapter(dtype: torch.dtype, bias: bool) -> None:
+    """What the adapter adds is far below the last digit of most entries; on average it is there all the same."""
+    draw = torch.Generator().manual_seed(0)
+    layer = adapt(torch.nn.Linear(64, 96, bias=bias).to(dtype))
+    A, B = torch.randn(4, 64, generator=draw), torch.randn(96, 4, generator=draw)
+    x = torch.randn(3, 400, 64, generator=draw).to(dtype)
+    added = x.double() @ A.double().T @ B.double().T
+    size = float(layer(x).double().abs().mean()) * torch.finfo(dtype).eps / 8 / float(added.abs().mean())
+    layer.term = Factors(A, (B * size).requires_grad_(), 1.0)
+    bare = x.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0)
+    lost = layer(x).detach().double() - bare
+    share = float((lost * added * size).sum() / (added * size).square().sum())
+    assert abs(share - 1) < 0.1
+
+
 @pytest.mark.parametrize("p", [0.01, 0.3, 0.9])
 def test_every_entry_is_dropped_by_itself_with_the_given_probability(p: float) -> None:
     """Counts of entries and of pairs of neighbours against those of independent draws, within five deviations."""

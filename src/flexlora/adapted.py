@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from flexlora import nf4
-from flexlora.products import mm
+from flexlora.products import FEW, mm
+
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -120,8 +122,11 @@ class _LowRankLinear(torch.autograd.Function):
         if drop is not None:
             z = _without(z.clone(memory_format=torch.contiguous_format), drop)
         h = mm(z, A.T)  # (tokens, r)
-        y = _through(x, layer)
-        y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
+        if x.dtype in HALF and (any(ctx.needs_input_grad) or len(h) > FEW):
+            y = _rounded_once(x, h, layer, B * s)
+        else:
+            y = _through(x, layer)
+            y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
         ctx.save_for_backward(z, drop, A, B, h)
         ctx.layer, ctx.s = layer, s
         return y
@@ -146,6 +151,15 @@ class _LowRankLinear(torch.autograd.Function):
         if need_B:
             dB = mm(g.T, h).mul_(ctx.s)
         return dx, None, None, dA, dB, None
+
+
+def _rounded_once(x: Tensor, h: Tensor, layer: FrozenLinear, B: Tensor) -> Tensor:
+    """W x + b + B h as one product. In half precision W x, once rounded, would swallow every term below half its last
+    digit, which is most of what an adapter adds in its first steps.
+    """
+    joined, weights = torch.cat([x.flatten(0, -2), h], 1), torch.cat([layer.dense(), B], 1)
+    y = mm(joined, weights.T).view(*x.shape[:-1], layer.out_features)
+    return y if layer.bias is None else y.add_(layer.bias)
 
 
 def dropped(x: Tensor, p: float) -> Tensor:

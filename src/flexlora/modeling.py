@@ -24,12 +24,9 @@ from flexlora import attention, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
 from flexlora.logits import logits_at
 from flexlora.prefix import Prefix, plain_attention
-from flexlora.processor import multiplies_bfloat16
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-NARROW = 256
-"""Hidden size below which bfloat16 saves no time on a processor: its casts cost what the products save."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 Scaling = Literal["alpha_over_r", "rslora"]
@@ -224,11 +221,11 @@ def load_model(
 ) -> Model:
     """Load a base model: a Hugging Face name, a local folder, a GGUF file, or "smollm2" (the packaged default).
 
-    `precision` is float32, bfloat16, float16, nf4 (four bits, see `flexlora.nf4`), stored (as the file has it) or auto (see
-    `chosen_precision`). Weights are read from safetensors only. Raises FlexLoraError where the model or a target module
-    cannot be had.
+    `precision` is float32, bfloat16, float16, nf4 (four bits, see `flexlora.nf4`), stored (as the file has it) or auto:
+    bfloat16 on a GPU, float32 on the CPU. Weights are read from safetensors only. Raises FlexLoraError where the model or a
+    target module cannot be had.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -238,10 +235,8 @@ def load_model(
         source = _source(name, cache_dir)
         where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
         tokenizer: Any = AutoTokenizer.from_pretrained(**where)
-        dtype = "auto"
-        if precision != "stored":
-            wanted = "auto" if precision == "nf4" else precision
-            dtype = DTYPES[chosen_precision(wanted, place, AutoConfig.from_pretrained(**where))]
+        usual = torch.bfloat16 if place.type == "cuda" else torch.float32
+        dtype = "auto" if precision == "stored" else DTYPES.get(precision, usual)
         network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -260,16 +255,6 @@ def load_model(
         model.pack(place)
     network.to(place)
     return model
-
-
-def chosen_precision(precision: str, place: torch.device, config: Any) -> str:
-    """What auto means: bfloat16 on a GPU, and on a processor that multiplies in it, for a model of NARROW or more; else
-    float32. The processor is asked, not timed: on one machine every run has the same bits.
-    """
-    if precision != "auto":
-        return precision
-    fast = place.type == "cuda" or (multiplies_bfloat16() and config.get_text_config().hidden_size >= NARROW)
-    return "bfloat16" if fast else "float32"
 
 
 def _source(name: str, cache_dir: Path | None) -> str:

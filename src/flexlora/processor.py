@@ -18,15 +18,6 @@ def made_by_intel() -> bool:
         return True
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products in bfloat16 (AMX, AVX512-BF16); not where there is no telling."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("flags", 1)[-1].split("\n", 1)[0].split()
-    except OSError:
-        return False
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
 def settle() -> None:
     """Let torch's idle threads sleep instead of spin where other threads multiply (see `flexlora.products`).
 
