@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.methods import get_method
 from flexlora.products import mm
 from flexlora.types import ClientUpdate, LowRank
@@ -296,7 +297,7 @@ def compare(model: str, name: str, repeats: int, ways: list[str], errors: bool) 
     # the floor: nothing but the products of the stacked factors, one large product a core, by the faster library
     n, threads = 2048, torch.get_num_threads()
     M = torch.randn(n, n)
-    runs = [watched(lambda: lowrank.each(lambda x: mm(x, x), [M] * threads)) for _ in range(5)]
+    runs = [watched(lambda: each(lambda x: mm(x, x), [M] * threads)) for _ in range(5)]
     share = sum(2.0 * s.d_out * s.d_in * r.stacked(m) for m, s in modules.items()) / (2 * n**3) / threads / AT_ONCE
     row("(products alone)", median(runs, 0) * share, median(runs, 1) * share, 0.0, None)
     return rows

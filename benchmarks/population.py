@@ -3,8 +3,8 @@
     python benchmarks/population.py                                             # made clients
     python benchmarks/population.py --archive ../shared/data/ni-1613-mini.tar.gz    # 1,613 clients of Natural Instructions too
 
-Each case is one process. start_s goes from its start, imports of torch and transformers included, to the first client's
-training; a round's seconds and the resident memory after it are those of rounds 2 and last. Participants are drawn from
+Each case is one process. "start" goes from its start, imports of torch and transformers included, to the first client's
+training; a round's seconds and the resident memory after it are those of round 2 and of the last. Participants are drawn from
 all clients, so that the total may only show in the start.
 """
 
@@ -33,9 +33,7 @@ marks = []
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
 def notify(event, facts):
-    if event == "round":
-        marks.append([time.time() - began, resident()])
-    if event == "saved":
+    if event in ("round", "saved"):
         marks.append([time.time() - began, resident()])
 run(Config(**keys), notify)
 print(json.dumps(marks))

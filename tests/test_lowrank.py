@@ -13,6 +13,7 @@ from torch import Tensor
 
 import oracle
 from flexlora import leading, lowrank
+from flexlora.cores import each
 from flexlora.products import gram
 from flexlora.randomness import generator
 from flexlora.types import LowRank
@@ -211,7 +212,7 @@ def test_bits_do_not_depend_on_threads():
     try:
         for outside, workers in ((1, 1), (2, 1), (2, 2), (2, 4), (3, None)):
             torch.set_num_threads(outside)
-            results.append(lowrank.each(lambda x: lowrank.svd(x, 20), xs, workers))
+            results.append(each(lambda x: lowrank.svd(x, 20), xs, workers))
             assert torch.get_num_threads() == outside
     finally:
         torch.set_num_threads(before)
@@ -223,9 +224,9 @@ def test_bits_do_not_depend_on_threads():
 def test_each_hands_errors_on_and_restores_threads():
     before = torch.get_num_threads()
     with pytest.raises(ZeroDivisionError):
-        lowrank.each(lambda x: 1 // x, [1, 0, 2], workers=2)
+        each(lambda x: 1 // x, [1, 0, 2], workers=2)
     assert torch.get_num_threads() == before
-    assert lowrank.each(lambda x: x * x, range(5), workers=3) == [0, 1, 4, 9, 16]
+    assert each(lambda x: x * x, range(5), workers=3) == [0, 1, 4, 9, 16]
 
 
 @pytest.mark.parametrize("clients", [3, 10, 100])

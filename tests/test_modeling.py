@@ -313,9 +313,9 @@ def test_every_entry_is_dropped_by_itself_with_the_given_probability(p: float) -
 def test_dropping_draws_again_where_the_first_draw_ends_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     rand, sizes = torch.rand, []
 
-    def short(few: int) -> torch.Tensor:
+    def short(few: int, generator: torch.Generator | None) -> torch.Tensor:
         sizes.append(few)
-        return rand(few) if len(sizes) > 2 else torch.zeros(few)  # gaps of one
+        return rand(few, generator=generator) if len(sizes) > 2 else torch.zeros(few)  # gaps of one
 
     monkeypatch.setattr(torch, "rand", short)
     with torch.random.fork_rng():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,18 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, get_linear_schedule_with_warmup
 
+from flexlora import training as training_module
 from flexlora.modeling import Model, load_model, save_adapter
-from flexlora.training import batches, collate, label_tokens, learning_rate, loss_sum, shared_prefix, train_client
+from flexlora.training import (
+    batches,
+    collate,
+    halved,
+    label_tokens,
+    learning_rate,
+    loss_sum,
+    shared_prefix,
+    train_client,
+)
 from flexlora.types import Adapter, ClientRule, ClientUpdate, Download, LocalTraining, LowRank, Sparse, TrainTask
 from tiny import tiny_model
 
@@ -261,6 +272,68 @@ def test_short_prefixes_and_windows_are_not_shared(model: Model, tmp_path: Path)
     window = Model(MistralForCausalLM(config), model.tokenizer, name="window")
     assert not window.shares_prefix
     train_client(window, task_of(start_adapter(window)), with_prefix(20))
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 500))
+@settings(deadline=None, max_examples=100)
+def test_halves_keep_the_order_and_are_cut_only_where_large(lengths: list[int], least: int) -> None:
+    examples = [Example((0,) * n, 0) for n in sorted(lengths, reverse=True)]
+    before = training_module.LANE
+    training_module.LANE = least
+    try:
+        parts = halved(examples)
+    finally:
+        training_module.LANE = before
+    assert [x for part in parts for x in part] == examples
+    for part in parts:
+        assert len(part) == 1 or len(part) * len(part[0].input_ids) < 2 * least
+    if len(examples) * max(lengths) < 2 * least:
+        assert parts == [examples]
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_lanes_side_by_side_change_nothing(
+    model: Model, monkeypatch: pytest.MonkeyPatch, train_on_inputs: bool, dropout: float
+) -> None:
+    """The same bits whichever lane is done first; on any number of cores what one large pass gives, but for rounding."""
+    more = {"batch_size": 7, "micro_batch_size": 7, "dropout": dropout, "train_on_inputs": train_on_inputs}
+    training = replace(TRAINING, **more, optimizer="sgd", learning_rate=0.5, warmup=0)
+    task, examples = task_of(start_adapter(model), training), with_prefix(20)
+    threads: set[int] = set()
+    watch = model.network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        monkeypatch.setattr(training_module, "LANE", 8)
+        for cores in (1, 2, 3, 2):
+            torch.set_num_threads(cores)
+            threads.clear()
+            outcomes.append(train_client(model, task, examples))
+            assert torch.get_num_threads() == cores
+            assert (len(threads) > 1) == (cores > 1)
+        monkeypatch.setattr(training_module, "LANE", 10**6)
+        whole = train_client(model, task, examples)
+    finally:
+        watch.remove()
+        torch.set_num_threads(before)
+    one, two, three, again = outcomes
+    assert difference(two.adapter, again.adapter) == 0.0
+    assert difference(one.adapter, two.adapter) < 1e-5
+    assert difference(one.adapter, three.adapter) < 1e-5
+    assert (difference(one.adapter, whole.adapter) < 1e-5) is (dropout == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "alone"),
+    [
+        ({}, False),
+        ({"attention_dropout": 0.1}, True),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, True),
+    ],
+)
+def test_networks_that_draw_or_change_train_one_pass_at_a_time(model: Model, keys: dict[str, Any], alone: bool) -> None:
+    config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": None} | keys)
+    assert Model(MistralForCausalLM(config), model.tokenizer, name="other").side_by_side is not alone
 
 
 def test_padding_and_the_other_examples_do_not_matter(model: Model) -> None:

@@ -8,6 +8,9 @@ SLoRA's ``y = (W + D) x`` with a sparse D.
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from flexlora import nf4
 from flexlora.products import FEW, mm
 
 HALF = (torch.bfloat16, torch.float16)
+_draws = threading.local()
 
 
 @dataclass
@@ -162,6 +166,16 @@ def _rounded_once(x: Tensor, h: Tensor, layer: FrozenLinear, B: Tensor) -> Tenso
     return y if layer.bias is None else y.add_(layer.bias)
 
 
+@contextmanager
+def dropout_from(source: torch.Generator) -> Iterator[None]:
+    """Have `dropped` draw from `source` in this thread, on a processor, rather than from the global generator."""
+    _draws.source = source
+    try:
+        yield
+    finally:
+        _draws.source = None
+
+
 def dropped(x: Tensor, p: float) -> Tensor:
     """Which entries of x are dropped, each by itself with probability p: their places in x.flatten(), or a mask.
 
@@ -171,9 +185,9 @@ def dropped(x: Tensor, p: float) -> Tensor:
         return torch.rand((x.shape[:-1].numel(), x.shape[-1]), device=x.device) < p
     n, expected = x.numel(), x.numel() * p
     few = int(expected + 6 * expected**0.5) + 8
-    at = torch.full((1,), -1)
+    at, source = torch.full((1,), -1), getattr(_draws, "source", None)
     while int(at[-1]) < n - 1:  # once is enough but once in a billion times
-        gaps = torch.rand(few).neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
+        gaps = torch.rand(few, generator=source).neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
         at = torch.cat([at, gaps.cumsum_(0).add_(at[-1])])
     return at[1 : int(torch.searchsorted(at, n))]
 

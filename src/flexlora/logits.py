@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,15 +34,19 @@ def inference(network: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def logits_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
-    """Have the next forward pass compute logits at the n positions `where` only, which then are (1, n, vocabulary).
+    """Have the next forward pass of this thread compute logits at the n positions `where` only, which then are (1, n, vocabulary).
 
     `where` is a bool mask (b, t), or numbers (n,) of positions in the flattened batch. Yields a list that receives all
     hidden states (b, t, d).
     """
     hidden: list[Tensor] = []
 
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    mine = threading.get_ident()  # other threads may be passing through the same network
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         # In front of the output layer, so that what an architecture does to its logits afterwards still happens.
+        if threading.get_ident() != mine:
+            return None
         hidden.append(args[0])
         return (args[0].flatten(0, 1)[where.flatten()][None], *args[1:])
 

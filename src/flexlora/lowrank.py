@@ -10,9 +10,8 @@ Which way a decomposition goes, and what was measured to decide it, stands in do
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -39,8 +38,6 @@ NOISE = 1e-6
 it is set to zero, so that a matrix of low rank has one."""
 
 Matrix: TypeAlias = LowRank | Tensor
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class Spectrum(NamedTuple):
@@ -436,26 +433,3 @@ def at_rank(spectrum: Spectrum, rank: int, *, seed: int, module: str, round: int
     if live < rank:
         A[live:] = fresh_rows(rank, Vt.shape[1], seed, module, round)[live:].to(A)
     return LowRank(B, A)
-
-
-# --- all modules at once -----------------------------------------------------------------------------------------------
-
-
-def each(function: Callable[[_T], _R], items: Iterable[_T], workers: int | None = None) -> list[_R]:
-    """``[function(item) for item in items]`` over `workers` threads, in order (default: torch's intra-op threads).
-
-    Inside, torch works with one thread an item, so that the cores are not oversubscribed and results do not depend on
-    `workers`, nor on the number of torch's threads outside, by one bit: LAPACK's eigenvectors do depend on the latter.
-    """
-    items = list(items)
-    threads = torch.get_num_threads()
-    workers = min(workers or threads, len(items))
-    torch.set_num_threads(1)
-    try:
-        if workers <= 1:
-            return [function(item) for item in items]
-        # a thread that has not run a torch loop yet lets MKL take all cores: told so itself
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(function, items))
-    finally:
-        torch.set_num_threads(threads)

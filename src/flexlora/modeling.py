@@ -61,6 +61,18 @@ class Model:
         self.shares_prefix: bool = plain_attention(network)
         """Whether `read_prefix` is exact for this architecture."""
 
+    @cached_property
+    def side_by_side(self) -> bool:
+        """Whether several threads may pass through the network at once: on a processor, where a pass neither draws random numbers
+        nor changes it.
+        """
+        keys = self.network.config.get_text_config().to_dict()
+        rotary = keys.get("rope_parameters") or {}
+        changes = str(rotary.get("rope_type", "default")) in ("dynamic", "longrope")
+        draws = any(("drop" in k or "jitter" in k) and isinstance(v, (int, float)) and v > 0 for k, v in keys.items())
+        draws = draws or any(isinstance(x, nn.Dropout) and x.p > 0 for x in self.network.modules())
+        return self.device.type == "cpu" and not draws and not changes
+
     def pack(self, device: torch.device) -> None:
         """Hold all linear weights but the output layer's in four bits, on `device`. Raises FlexLoraError where that cannot be.
 

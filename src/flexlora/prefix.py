@@ -23,6 +23,11 @@ class Prefix:
             for pair in layers
         ]
 
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Where gradients gather: keys and values, layer after layer."""
+        return [leaf for pair in self._leaves for leaf in pair if leaf.requires_grad]
+
     def cache(self, count: int) -> Any:
         """A transformers cache in which `count` sequences have this prefix behind them."""
         from transformers import DynamicCache

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.rundir import Run
 from flexlora.trained import standing_at
 from flexlora.types import FlexLoraError
@@ -24,7 +25,7 @@ def spectra(run: Run, round: int | None = None) -> dict[str, Tensor]:
     delta = method.delta(standing.state)
     if not delta:
         raise FlexLoraError(f"{run.folder}: method {run.config.method_name} has no global delta weight to look at")
-    values = lowrank.each(lowrank.singular_values, delta.values())
+    values = each(lowrank.singular_values, delta.values())
     return {module: x.double() for module, x in zip(delta, values, strict=True)}
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from flexlora.adapted import Factors
+from flexlora.adapted import Factors, dropout_from
+from flexlora.cores import each
 from flexlora.likelihood import negative_log_likelihood
 from flexlora.modeling import Model, scaling
 from flexlora.prefix import Prefix
@@ -29,6 +30,11 @@ GROUP = 8
 
 MIN_SAVED = 64
 """Tokens that a shared prefix must save in a batch: it costs one more pass through the layers."""
+
+
+LANE = 512
+"""Tokens from which a part of a micro-batch gets a core of its own: halves side by side wait for one another once, threads
+inside every operation some thousand times."""
 
 
 class Tokens(Protocol):
@@ -86,6 +92,18 @@ def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
     end = common if train_on_inputs else min(common, *(x.response_start for x in examples))
     share = max(0, end - 1)
     return share if share * (len(examples) - 1) >= MIN_SAVED else 0
+
+
+def halved(examples: Sequence[Tokens], *, skip: int = 0) -> list[Sequence[Tokens]]:
+    """Cut examples, longest first, into halves of like padded size, and those again, down to parts of `LANE` tokens.
+
+    The parts follow from the lengths alone, not from the number of cores. The first `skip` tokens do not count.
+    """
+    sizes = [len(x.input_ids) - skip for x in examples]
+    if len(sizes) < 2 or len(sizes) * sizes[0] < 2 * LANE:
+        return [examples]
+    cut = min(range(1, len(sizes)), key=lambda i: max(i * sizes[0], (len(sizes) - i) * sizes[i]))
+    return [*halved(examples[:cut], skip=skip), *halved(examples[cut:], skip=skip)]
 
 
 def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
@@ -162,7 +180,9 @@ def train_client(
             for step, chosen in enumerate(steps):
                 count = sum(labels[i] for i in chosen)
                 if count:
-                    losses.append(_backward(model, [examples[i] for i in chosen], count, training))
+                    losses.append(
+                        _backward(model, [examples[i] for i in chosen], count, training, derive(task.seed, step))
+                    )
                 if tails:
                     tails.penalty().backward()
                 _step(optimizer, learning_rate(step, len(steps), training))
@@ -188,7 +208,7 @@ def train_client(
     return ClientUpdate(task.client, float(len(examples)), adapter, scaling=scales, metrics=metrics)
 
 
-def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining) -> float:
+def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining, seed: int) -> float:
     """Add the gradients of one batch, micro-batch after micro-batch of like lengths; returns its loss.
 
     What all examples of the batch begin with (a task's definition) is computed once, forward and backward; with
@@ -207,14 +227,52 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
             prefix_loss = negative_log_likelihood(logits, ids[1:]) * (len(chosen) / count)
             total += prefix_loss.detach()
     for a in range(0, len(chosen), training.micro_batch_size):
-        part = collate(chosen[a : a + training.micro_batch_size], inputs, device, skip=share)
-        if len(part.labels):
-            loss = loss_sum(model, part, prefix) / count
-            loss.backward()
-            total += loss.detach()
+        micro = chosen[a : a + training.micro_batch_size]
+        lanes = [
+            _Lane(collate(lane, inputs, device, skip=share), generator(seed, "dropout", a, i))
+            for i, lane in enumerate(halved(micro, skip=share) if model.side_by_side else [micro])
+        ]
+        total += _add_gradients(model, [x for x in lanes if len(x.batch.labels)], prefix, count)
     if prefix:
         prefix.backward(prefix_loss)
     return total.item()
+
+
+class _Lane(NamedTuple):
+    batch: MicroBatch
+    draws: torch.Generator
+    """What dropout on a processor draws from: lanes may run side by side."""
+
+
+def _add_gradients(model: Model, lanes: Sequence[_Lane], prefix: Prefix | None, count: int) -> Tensor:
+    """Add to the gradients those of one micro-batch, lane by lane, side by side where there are cores; returns its loss.
+
+    They are summed in the order of the lanes, so that it does not matter by one bit which is done first.
+    """
+
+    def loss_of(lane: _Lane) -> Tensor:
+        with dropout_from(lane.draws):
+            return loss_sum(model, lane.batch, prefix) / count
+
+    total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
+    if min(cores, len(lanes)) < 2:
+        for lane in lanes:
+            loss = loss_of(lane)
+            loss.backward()
+            total += loss.detach()
+        return total
+    leaves = [*model.trainable(), *(prefix.leaves if prefix else ())]
+
+    def gradients(lane: _Lane) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        loss = loss_of(lane)
+        return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+
+    for loss, found in each(gradients, lanes, threads=max(1, cores // len(lanes))):
+        total += loss
+        for leaf, gradient in zip(leaves, found, strict=True):
+            if gradient is not None:
+                leaf.grad = gradient if leaf.grad is None else leaf.grad.add_(gradient)
+    return total
 
 
 def _optimizer(parameters: list[Tensor], training: LocalTraining) -> torch.optim.Optimizer:

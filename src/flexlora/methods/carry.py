@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.lowrank import Matrix, Spectrum
 from flexlora.methods import flexlora
 from flexlora.methods.base import register
@@ -113,7 +114,7 @@ def aggregate(
         return *settle(moved, before.levels.get(module), keep_rank), M
 
     modules = list(sums)
-    done = dict(zip(modules, lowrank.each(finish, modules), strict=True))
+    done = dict(zip(modules, each(finish, modules), strict=True))
     W = {m: x for m, (x, _, _, _) in done.items()}
     whole = replace(
         before,

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.methods.base import register
 from flexlora.methods.factors import compress, first, received
 from flexlora.methods.hetlora import Mean
@@ -53,7 +54,7 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         terms = [sums.pop(module).mean(), new[module], state.base[module]]
         return compress(lowrank.stack(terms, [1.0, -1.0, 1.0]))
 
-    base = dict(zip(new, lowrank.each(residual, new), strict=True))
+    base = dict(zip(new, each(residual, new), strict=True))
     return State(state.round + 1, state.seed, state.shapes, {**state.adapter, **new}, {**state.base, **base})
 
 

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.lowrank import Decomposed, Matrix, Spectrum
 from flexlora.methods.base import register
 from flexlora.types import ClientRule, ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
@@ -68,7 +69,7 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
             sums[module].add(x, update.weight, wait=True)
         if any(s.full for s in sums.values()):
             # All modules at once, so that the cores have even work.
-            lowrank.each(lowrank.Sum.flush, sorted(sums.values(), key=lambda s: -s.d_out * s.d_in))
+            each(lowrank.Sum.flush, sorted(sums.values(), key=lambda s: -s.d_out * s.d_in))
     if not count:
         raise ValueError("aggregate needs at least one client update")
 
@@ -82,7 +83,7 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
 
     # Large modules first, so that the cores finish together.
     order = sorted(state.shapes, key=lambda m: -math.prod(state.shapes[m]))
-    found = dict(zip(order, lowrank.each(finish, order), strict=True))
+    found = dict(zip(order, each(finish, order), strict=True))
     done = {m: found[m] for m in state.shapes}
     return State(
         state.round + 1,
@@ -101,7 +102,7 @@ def distribute(state: State, ranks: Ranks, split: Literal["B", "balanced"] = "B"
         spectrum = lowrank.extend(state.spectrum[module], state.W[module], r)
         return lowrank.at_rank(spectrum, r, seed=state.seed, module=module, round=state.round, split=split)
 
-    return Download(dict(zip(ranks, lowrank.each(at, ranks), strict=True)), {}, ClientRule())
+    return Download(dict(zip(ranks, each(at, ranks), strict=True)), {}, ClientRule())
 
 
 def delta(state: State) -> Mapping[str, LowRank]:

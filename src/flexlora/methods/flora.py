@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.methods.base import register
 from flexlora.methods.factors import compress, received
 from flexlora.types import ClientRule, ClientUpdate, Download, Levels, LowRank, Method, Ranks, Shapes
@@ -47,7 +48,7 @@ def grown(base: LowRank, step: LowRank) -> LowRank:
 def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
     sums = mean_deltas(state.shapes, updates)
     modules = list(sums)
-    bases = lowrank.each(lambda m: grown(state.base[m], sums.pop(m).mean()), modules)
+    bases = each(lambda m: grown(state.base[m], sums.pop(m).mean()), modules)
     base = {**state.base, **dict(zip(modules, bases, strict=True))}
     return State(state.round + 1, state.seed, state.shapes, base)
 

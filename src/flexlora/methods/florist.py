@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.lowrank import Matrix
 from flexlora.methods.base import register
 from flexlora.methods.flora import State, delta, distribute, grown, init, mean_deltas
@@ -46,7 +47,7 @@ def florist(threshold: float = 0.9) -> Method:
             return grown(state.base[module], step(total.over(total.total or 1.0)))
 
         modules = list(sums)
-        base = {**state.base, **dict(zip(modules, lowrank.each(finish, modules), strict=True))}
+        base = {**state.base, **dict(zip(modules, each(finish, modules), strict=True))}
         return State(state.round + 1, state.seed, state.shapes, base)
 
     return Method(init, aggregate, distribute, delta)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from flexlora import lowrank
+from flexlora.cores import each
 from flexlora.lowrank import Matrix, Spectrum
 from flexlora.methods import flexlora
 from flexlora.methods.base import register
@@ -88,7 +89,7 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         W = partitions.pop(module).mean(before.spectrum[module])
         return W, float(lowrank.norm(W)), lowrank.svd(W, before.levels.get(module))
 
-    done = dict(zip(brought, lowrank.each(finish, brought), strict=True))
+    done = dict(zip(brought, each(finish, brought), strict=True))
     whole = replace(
         before,
         round=before.round + 1,
