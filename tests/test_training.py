@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from flexlora import training as training_module
 from flexlora.modeling import Model, load_model, save_adapter
 from flexlora.training import (
+    LANE,
+    PAIR,
     batches,
     collate,
     halved,
@@ -232,6 +234,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(
     for shares in (True, False):
         with monkeypatch.context() as patch:
             patch.setattr(model, "shares_prefix", shares)
+            patch.setattr(training_module, "PAIR", 10**6)  # halves have less padding, which is counted here
             outcomes.append((train_client(model, task, examples), sum(tokens)))
         tokens.clear()
     watch.remove()
@@ -274,21 +277,23 @@ def test_short_prefixes_and_windows_are_not_shared(model: Model, tmp_path: Path)
     train_client(window, task_of(start_adapter(window)), with_prefix(20))
 
 
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=12), st.integers(1, 500))
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=12))
 @settings(deadline=None, max_examples=100)
-def test_halves_keep_the_order_and_are_cut_only_where_large(lengths: list[int], least: int) -> None:
+def test_halves_keep_the_order_and_are_cut_only_where_large(lengths: list[int]) -> None:
     examples = [Example((0,) * n, 0) for n in sorted(lengths, reverse=True)]
-    before = training_module.LANE
-    training_module.LANE = least
-    try:
-        parts = halved(examples)
-    finally:
-        training_module.LANE = before
+    parts = halved(examples)
     assert [x for part in parts for x in part] == examples
     for part in parts:
-        assert len(part) == 1 or len(part) * len(part[0].input_ids) < 2 * least
-    if len(examples) * max(lengths) < 2 * least:
-        assert parts == [examples]
+        assert len(part) == 1 or len(part) * len(part[0].input_ids) < 2 * LANE
+    large = len(examples) > 1 and len(examples) * max(lengths) >= 2 * PAIR
+    assert (len(parts) > 1) is large
+
+
+def test_halves_have_like_padded_sizes() -> None:
+    examples = [Example((0,) * n, 0) for n in (300, 120, 110, 100)]
+    assert [len(part) for part in halved(examples)] == [1, 3]  # 300 and 3 x 120; two and two would be 600 and 220
+    assert [len(part) for part in halved(examples, skip=90)] == [1, 3]
+    assert halved(examples[2:], skip=90) == [examples[2:]]
 
 
 @pytest.mark.parametrize("train_on_inputs", [False, True])
@@ -304,6 +309,7 @@ def test_lanes_side_by_side_change_nothing(
     watch = model.network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
     before, outcomes = torch.get_num_threads(), []
     try:
+        monkeypatch.setattr(training_module, "PAIR", 8)
         monkeypatch.setattr(training_module, "LANE", 8)
         for cores in (1, 2, 3, 2):
             torch.set_num_threads(cores)
@@ -311,7 +317,7 @@ def test_lanes_side_by_side_change_nothing(
             outcomes.append(train_client(model, task, examples))
             assert torch.get_num_threads() == cores
             assert (len(threads) > 1) == (cores > 1)
-        monkeypatch.setattr(training_module, "LANE", 10**6)
+        monkeypatch.setattr(training_module, "PAIR", 10**6)
         whole = train_client(model, task, examples)
     finally:
         watch.remove()

@@ -35,6 +35,8 @@ MIN_SAVED = 64
 LANE = 512
 """Tokens from which a part of a micro-batch gets a core of its own: halves side by side wait for one another once, threads
 inside every operation some thousand times."""
+PAIR = 96
+"""Tokens from which there are at least two such parts: their products are slower, but still better than waiting."""
 
 
 class Tokens(Protocol):
@@ -94,16 +96,16 @@ def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
     return share if share * (len(examples) - 1) >= MIN_SAVED else 0
 
 
-def halved(examples: Sequence[Tokens], *, skip: int = 0) -> list[Sequence[Tokens]]:
-    """Cut examples, longest first, into halves of like padded size, and those again, down to parts of `LANE` tokens.
+def halved(examples: Sequence[Tokens], *, skip: int = 0, least: int | None = None) -> list[Sequence[Tokens]]:
+    """Cut examples, longest first, into two halves of like padded size, of `PAIR` tokens or more, and those again down to `LANE`.
 
     The parts follow from the lengths alone, not from the number of cores. The first `skip` tokens do not count.
     """
     sizes = [len(x.input_ids) - skip for x in examples]
-    if len(sizes) < 2 or len(sizes) * sizes[0] < 2 * LANE:
+    if len(sizes) < 2 or len(sizes) * sizes[0] < 2 * (least or PAIR):
         return [examples]
     cut = min(range(1, len(sizes)), key=lambda i: max(i * sizes[0], (len(sizes) - i) * sizes[i]))
-    return [*halved(examples[:cut], skip=skip), *halved(examples[cut:], skip=skip)]
+    return [part for half in (examples[:cut], examples[cut:]) for part in halved(half, skip=skip, least=LANE)]
 
 
 def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
