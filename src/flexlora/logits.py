@@ -40,7 +40,6 @@ def logits_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
     hidden states (b, t, d).
     """
     hidden: list[Tensor] = []
-
     mine = threading.get_ident()  # other threads may be passing through the same network
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -31,7 +31,6 @@ GROUP = 8
 MIN_SAVED = 64
 """Tokens that a shared prefix must save in a batch: it costs one more pass through the layers."""
 
-
 LANE = 512
 """Tokens from which a part of a micro-batch gets a core of its own: halves side by side wait for one another once, threads
 inside every operation some thousand times."""
@@ -97,7 +96,8 @@ def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
 
 
 def halved(examples: Sequence[Tokens], *, skip: int = 0, least: int | None = None) -> list[Sequence[Tokens]]:
-    """Cut examples, longest first, into two halves of like padded size, of `PAIR` tokens or more, and those again down to `LANE`.
+    """Cut examples, longest first, into two parts of like padded size where there are 2 · `PAIR` tokens or more, and a part again
+    where it has 2 · `least` (`LANE`) or more.
 
     The parts follow from the lengths alone, not from the number of cores. The first `skip` tokens do not count.
     """
