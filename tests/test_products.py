@@ -134,9 +134,9 @@ def test_freed_memory_stays_for_all_threads_until_it_is_given_back(first: str) -
     faults, given = map(float, done.stdout.split())
     pages = 60 * 2048  # that the threads asked for
     if first == "torch":  # left as it was
-        assert faults > pages / 2
+        assert faults > pages / 3
     else:  # a thread's first blocks may be new
-        assert faults < pages / 4
+        assert faults < pages / 5
         assert given > 100  # of 160 MB
 
 
