@@ -9,9 +9,11 @@ The published way is written here from its description. For each client: the dat
 function that holds the model, which `datasets.map` hashes to know its cache (`--spare-hashing`: the function holds the
 tokenizer alone); PEFT wraps the base model; a fresh `transformers.Trainer` evaluates, trains and evaluates, gathering
 the logits of whole sequences; the weights go to disk. The server reads them, adds up dense products, takes one dense SVD
-a module and slices it for every client there is. Labels are all tokens, batches of 4 in micro-batches of 2, no dropout.
+a module and slices it for every client there is. Labels are all tokens, or those of the response (`--labels response`);
+batches of 4 in micro-batches of 2, no dropout.
 
-Each way has a process of its own; memory is the kernel's peak of it (VmHWM). Linux only.
+Each way has a process of its own, the published one with torch as it comes; memory is the kernel's peak of it (VmHWM).
+Linux only.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+if "published" in sys.argv:
+    import torch  # flexlora then leaves memory and threads as they are
 
 import flexlora  # before torch: settles how its idle threads wait
 
@@ -51,11 +56,11 @@ def peak() -> int:
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
 
 
-def ours(data: Path, rounds: int, ranks: str, precision: Any, out: Path) -> dict[str, Any]:
+def ours(data: Path, rounds: int, ranks: str, precision: Any, everything: bool, out: Path) -> dict[str, Any]:
     """Run flexlora; writes down who trained at which ranks from which seed, and the adapters of the first round."""
     config = flexlora.Config(
         data=data, num_clients=CLIENTS, method="flexlora", ranks=ranks, rounds=rounds, participation=4 / CLIENTS,
-        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=True, output_dir=out, name="run",
+        early_stop=False, eval_every=0, validation_examples=32, train_on_inputs=everything, output_dir=out, name="run",
         precision=precision, **SETTINGS,
     )  # fmt: skip
     tasks: list[dict[str, Any]] = []
@@ -90,19 +95,20 @@ def ours(data: Path, rounds: int, ranks: str, precision: Any, out: Path) -> dict
 class Tokeniser:
     """What the published code maps over a data set."""
 
-    def __init__(self, tokenizer: Any, held: Any) -> None:
-        self.tokenizer, self.held = tokenizer, held
+    def __init__(self, tokenizer: Any, held: Any, everything: bool) -> None:
+        self.tokenizer, self.held, self.everything = tokenizer, held, everything
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         from flexlora.data.records import Record
 
         kept = Record(record["instruction"], record["input"], record["output"])
         (x,) = TokenCache().encode_all([kept], load_template("alpaca"), self.tokenizer, 512)
-        labels = [-100, *x.input_ids[1:]]  # nothing predicts the first token, and the Trainer would count it
+        first = 1 if self.everything else max(1, x.response_start)  # nothing predicts the first token
+        labels = [*[-100] * first, *x.input_ids[first:]]
         return {"input_ids": list(x.input_ids), "labels": labels, "attention_mask": [1] * len(labels)}
 
 
-def published(data: Path, rounds: int, out: Path, hashing: bool) -> dict[str, Any]:
+def published(data: Path, rounds: int, everything: bool, out: Path, hashing: bool) -> dict[str, Any]:
     import datasets
     from peft import LoraConfig, get_peft_model
     from torch.utils.data import SequentialSampler
@@ -118,7 +124,7 @@ def published(data: Path, rounds: int, out: Path, hashing: bool) -> dict[str, An
     datasets.disable_progress_bars()
     tokenizer = load_model("smollm2").tokenizer
     base: Any = AutoModelForCausalLM.from_pretrained(str(gguf.converted(gguf.smollm2_file())), dtype=torch.float32)
-    tokenise = Tokeniser(tokenizer, base if hashing else None)
+    tokenise = Tokeniser(tokenizer, base if hashing else None, everything)
     collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
     tasks = json.loads((out / "tasks.json").read_text())
     given: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
@@ -195,6 +201,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="data folder of 64 clients")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--ranks", default="random")
+    parser.add_argument("--labels", choices=("all", "response"), default="all", help="tokens that the loss counts")
     parser.add_argument("--precision", default="auto", help="of ours; the published way computes in float32")
     parser.add_argument("--spare-hashing", action="store_true", help="spare the published way the hashing of the model")
     parser.add_argument("--way", choices=("ours", "published"), help=argparse.SUPPRESS)
@@ -202,9 +209,9 @@ def main() -> None:
     given = parser.parse_args()
     if given.way:
         made = (
-            ours(given.data, given.rounds, given.ranks, given.precision, given.out)
+            ours(given.data, given.rounds, given.ranks, given.precision, given.labels == "all", given.out)
             if given.way == "ours"
-            else published(given.data, given.rounds, given.out, not given.spare_hashing)
+            else published(given.data, given.rounds, given.labels == "all", given.out, not given.spare_hashing)
         )
         (given.out / f"{given.way}.json").write_text(json.dumps(made))
         return
@@ -215,7 +222,9 @@ def main() -> None:
             found[way] = json.loads((Path(out) / f"{way}.json").read_text())
     we, they = found["ours"], found["published"]
     threads = torch.get_num_threads()
-    print(f"\nsmollm2, 4 clients a round, ranks {given.ranks}, ours in {given.precision}, {threads} threads\n")
+    print(
+        f"\nsmollm2, 4 clients a round, ranks {given.ranks}, labels: {given.labels}, ours in {given.precision}, {threads} threads\n"
+    )
     print("| round | ours s | published s | ratio | largest difference of a client's loss |\n|---|---|---|---|---|")
     for i in range(given.rounds):
         apart = max(abs(we["losses"][i][c] - they["losses"][i][c]) for c in they["losses"][i])

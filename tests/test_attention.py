@@ -13,6 +13,7 @@ from torch import Tensor
 from flexlora import attention
 from flexlora.decoding import has_slots
 from flexlora.modeling import load_model
+from flexlora.rows import Shared
 from tiny import tiny_model
 
 
@@ -47,6 +48,21 @@ def test_bfloat16_attention_and_its_gradients_are_those_of_float64(length: int, 
         assert float((x.grad.double() - t.grad).norm() / t.grad.norm()) < 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sequences_of_one_row_see_the_beginning_and_themselves(dtype: torch.dtype) -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
+    shapes = [(1, 4, 13, 16), (1, 2, 13, 16), (1, 2, 13, 16)]
+    q, k, v = [torch.randn(s, generator=draw).to(dtype) for s in shapes]
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    with attention.sharing(shared):
+        y, _ = attention.attend(module, q, k, v, shared.mask(), scaling=0.25)
+    truth = dense(q.double(), k.double(), v.double(), shared.mask()[0, 0])
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(y.double(), truth, atol=tolerance, rtol=tolerance)
+    alone, _ = attention.attend(module, q[:, :, :8], k[:, :, :8], v[:, :, :8], None, scaling=0.25)
+    assert torch.equal(alone, y[:, :8]), "the first of them is one sequence, and nothing stays shared"
+
+
 def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(str(tiny_model(tmp_path)), precision="bfloat16")
     calls: list[torch.dtype] = []
@@ -60,9 +76,9 @@ def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     sdpa = sdpa_attention.sdpa_attention_forward
     monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noted)
     ids = torch.arange(6)[None]
-    model.logits(ids, torch.arange(6))
+    model.network(ids)
     with torch.no_grad():
-        model.logits(ids, torch.arange(6))
+        model.network(ids)
     layers = model.network.config.num_hidden_layers
     assert calls == [torch.float32] * layers + [torch.bfloat16] * layers
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexlora import evaluation, logits
 from flexlora.evaluation import exact_match, lcs, loss, rouge_l, score, stops
+from flexlora.modeling import Model
 from flexlora.prompts import CHAT, Encoded, Record, Template, encode_all, encode_prompts, load_template
 from tiny import tiny_model
 
@@ -48,11 +49,10 @@ def nll_oracle(network, example: Encoded, train_on_inputs: bool) -> tuple[float,
 @pytest.mark.parametrize("train_on_inputs", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_loss_equals_one_example_at_a_time(tiny, batch_size, train_on_inputs):
-    network, tokenizer = tiny
+    network, _ = tiny
     examples = some_examples(11)
     expected = [nll_oracle(network, e, train_on_inputs) for e in examples]
-    pad = tokenizer.pad_token_id
-    result = loss(network, examples, batch_size=batch_size, train_on_inputs=train_on_inputs, pad_id=pad)
+    result = loss(network, examples, batch_size=batch_size, train_on_inputs=train_on_inputs)
     assert result.tokens == [n for _, n in expected]
     # cross entropy is computed in float32, as in training
     assert result.sums == pytest.approx([s for s, _ in expected], rel=1e-5)
@@ -60,24 +60,40 @@ def test_loss_equals_one_example_at_a_time(tiny, batch_size, train_on_inputs):
 
 
 def test_loss_of_nothing(tiny):
-    assert str(loss(tiny[0], [], batch_size=4, pad_id=0).mean) == "nan"
+    assert str(loss(tiny[0], [], batch_size=4).mean) == "nan"
 
 
 def test_logits_in_memory_are_bounded(tiny, monkeypatch):
-    network, tokenizer = tiny
+    network, _ = tiny
     monkeypatch.setattr(logits, "LOGITS", 100 * 259)
     seen: list[int] = []
     hook = network.get_output_embeddings().register_forward_hook(lambda *a: seen.append(a[2].numel()))
     examples = some_examples(30)
     try:
-        few = loss(network, examples, batch_size=64, train_on_inputs=True, pad_id=tokenizer.pad_token_id)
+        few, _ = evaluation._read(network, examples, 64)
     finally:
         hook.remove()
     assert max(seen) <= 100 * 259
-    assert len(seen) < 30
-    monkeypatch.undo()
-    many = loss(network, examples, batch_size=64, train_on_inputs=True, pad_id=tokenizer.pad_token_id)
-    assert few.sums == pytest.approx(many.sums, rel=1e-6)
+    assert few.sums == pytest.approx(loss(network, examples, batch_size=64).sums, rel=1e-5)
+
+
+@pytest.mark.parametrize("train_on_inputs", [True, False])
+def test_what_examples_begin_with_is_read_once(tiny, train_on_inputs):
+    """Also where answers are alike, or one example is another's beginning."""
+    network, tokenizer = copy.deepcopy(tiny[0]).float(), tiny[1]
+    beginning = tuple(range(60))
+    ends = [(3, 5), (3, 5), (3, 5, 9), (4,), (7, 8, 9, 10)]
+    examples = [*some_examples(3), *(Encoded(beginning + end, 61, 0) for end in ends), Encoded(beginning, 40, 0)]
+    expected = [nll_oracle(network, e, train_on_inputs) for e in examples]
+    model = Model(network, tokenizer, name="tiny")
+    assert model.shares_rows
+    tokens: list[int] = []
+    hook = network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
+    result = loss(network, examples, batch_size=16, train_on_inputs=train_on_inputs)
+    hook.remove()
+    assert result.tokens == [n for _, n in expected]
+    assert result.sums == pytest.approx([s for s, _ in expected], rel=1e-4)
+    assert sum(tokens) < sum(len(e.input_ids) for e in examples) - 190
 
 
 words = st.lists(

@@ -66,7 +66,7 @@ def test_special_packages_stay_in_their_files() -> None:
         "flwr": {"runners.flower", "runners.flower_folder", "runners.flower_app"},
         "ray": {"runners.ray"},
         "peft": {"modeling"},
-        "transformers": {"modeling", "gguf", "adapted", "attention", "prefix", "decoding"},
+        "transformers": {"modeling", "gguf", "adapted", "attention", "blocks", "decoding"},
         "bitsandbytes": {"nf4"},
         "dp_accounting": {"privacy"},
         "plotly": {"report", "charts"},

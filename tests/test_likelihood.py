@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from flexlora.adapted import freeze
-from flexlora.likelihood import ROWS, negative_log_likelihood
+from flexlora import likelihood
+from flexlora.likelihood import PIECE, ROWS, negative_log_likelihood, token_nll
 
 
 @given(
@@ -37,24 +40,49 @@ def test_loss_and_gradient_are_those_of_cross_entropy(n: int, words: int, scale:
     torch.testing.assert_close(negative_log_likelihood(x, labels), loss.detach())
 
 
-@pytest.mark.parametrize("cap", [False, True])
-def test_logits_are_overwritten_only_where_nothing_needs_them(cap: bool) -> None:
-    head = freeze(nn.Linear(6, 40, bias=False))
-    hidden = torch.randn(1, 5, 6, requires_grad=True)
-    labels = torch.tensor([3, 0, 39, 3, 7])
-    found = []
-    for loss_of in (negative_log_likelihood, lambda x, y: F.cross_entropy(x, y, reduction="sum")):
-        hidden.grad = None
-        logits = head(hidden)[0]
-        logits = torch.tanh(logits / 5) * 5 if cap else logits
-        before = logits.detach().clone()
-        loss = loss_of(logits, labels)
-        overwritten = not torch.equal(logits.detach(), before)
-        loss.backward()
-        assert hidden.grad is not None
-        found.append((loss.detach(), hidden.grad.clone(), overwritten))
-    torch.testing.assert_close(found[0][:2], found[1][:2])
-    assert (found[0][2], found[1][2]) == (not cap, False)
+@given(n=st.integers(0, 9), bias=st.booleans(), weighted=st.booleans(), seed=st.integers(0, 9))
+def test_the_output_layer_belongs_to_the_loss(n: int, bias: bool, weighted: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    head = nn.Linear(6, 40, bias=bias).requires_grad_(False)
+    hidden = torch.randn(n, 6)
+    labels, weights = torch.randint(40, (n,)), torch.randint(1, 4, (n,)).float()
+    exact = hidden.double().requires_grad_()
+    nll = F.cross_entropy(head.double()(exact), labels, reduction="none")
+    expected = (nll * weights.double()).sum() if weighted else nll.sum()
+    (expected / 7).backward()
+    head.float()
+    ours = hidden.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(likelihood, "PIECE", 4)
+        patch.setattr(likelihood, "ROWS", 3)
+        loss = negative_log_likelihood(ours, labels, weights if weighted else None, head)
+        (loss / 7).backward()
+        torch.testing.assert_close(token_nll(hidden, labels, head), nll.detach(), rtol=1e-5, atol=1e-6)
+        quiet = negative_log_likelihood(hidden, labels, weights if weighted else None, head)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(quiet, loss.detach(), rtol=1e-5, atol=1e-5)
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-4, atol=1e-6)
+    assert torch.equal(ours.detach(), hidden)
+
+
+def test_the_logits_of_a_piece_are_all_there_is() -> None:
+    """Nothing of vocabulary size is kept for the way back, and never more of it made than for one piece."""
+    head = nn.Linear(4, 50, bias=False).requires_grad_(False)
+    x, kept, made = torch.randn(300, 4, requires_grad=True), [], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            made.extend(y.numel() for y in (out if isinstance(out, tuple) else [out]) if isinstance(y, torch.Tensor))
+            return out
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t), Watch():
+        loss = negative_log_likelihood(x, torch.zeros(300, dtype=torch.long), None, head)
+    loss.backward()
+    assert kept == [300 * 4]
+    assert max(made) <= PIECE * 50
+    assert x.grad is not None
 
 
 def test_half_precision_keeps_its_type() -> None:

@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexlora import gguf
+from flexlora import gguf, likelihood
 from flexlora.adapted import Factors, adapt, dropped
+from flexlora.logits import said
 from flexlora.modeling import (
     Model,
     Scaling,
@@ -23,6 +24,7 @@ from flexlora.modeling import (
     save_merged,
     scaling,
 )
+from flexlora.rows import Rows
 from flexlora.types import FlexLoraError, LowRank, Sparse
 from tiny import tiny_model, tiny_tokenizer
 
@@ -172,8 +174,10 @@ def test_train_names_the_parts_with_gradients(model: Model) -> None:
 
 @pytest.mark.parametrize("keep", [[0], [17, 3, 4], list(range(18))])
 def test_logits_at_positions_are_the_full_logits_there(model: Model, keep: list[int]) -> None:
+    rows = Rows(IDS, torch.tensor(keep), torch.zeros(len(keep), dtype=torch.long))
     with torch.no_grad():
-        some = model.logits(IDS, torch.tensor(keep))
+        states, head = said(model.network, rows)
+        some = likelihood.logits(states, head)
     torch.testing.assert_close(some, logits(model).flatten(0, 1)[keep], rtol=1e-5, atol=1e-5)
     assert logits(model).shape == (2, 9, model.network.config.vocab_size)  # nothing stays selected
 

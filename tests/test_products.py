@@ -88,11 +88,16 @@ def test_where_idle_threads_spin_torch_multiplies_with_several(monkeypatch: pyte
 
 
 @served
-def test_flexlora_lets_idle_threads_sleep_unless_told_otherwise() -> None:
-    code = "import flexlora, os; print(os.environ['OMP_WAIT_POLICY'])"
-    for told, expected in ((None, "PASSIVE"), ("ACTIVE", "ACTIVE")):
-        environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-        environment |= {"OMP_WAIT_POLICY": told} if told else {}
+def test_flexlora_lets_idle_threads_sleep_soon_unless_told_otherwise() -> None:
+    code = "import flexlora, os; print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    told: tuple[tuple[dict[str, str], str], ...] = (
+        ({}, "PASSIVE 2000"),
+        ({"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+    )
+    for more, expected in told:
+        environment = {k: v for k, v in os.environ.items() if k not in names} | more
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == expected
 

@@ -17,20 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, get_linear_schedule_with_warmup
 
-from flexlora import training as training_module
+from flexlora import rows as rows_module
 from flexlora.modeling import Model, load_model, save_adapter
-from flexlora.training import (
-    LANE,
-    PAIR,
-    batches,
-    collate,
-    halved,
-    label_tokens,
-    learning_rate,
-    loss_sum,
-    shared_prefix,
-    train_client,
-)
+from flexlora.rows import collate, label_tokens
+from flexlora.training import batches, learning_rate, loss_sum, train_client
 from flexlora.types import Adapter, ClientRule, ClientUpdate, Download, LocalTraining, LowRank, Sparse, TrainTask
 from tiny import tiny_model
 
@@ -204,27 +194,29 @@ def test_accumulation_does_not_change_the_result(model: Model, monkeypatch: pyte
     assert difference(adapters[0], start_adapter(model)) > 0.01
 
 
-def with_prefix(length: int, count: int = 6) -> list[Example]:
-    """Examples that all begin with the same tokens; one of them is hardly longer than the prefix."""
-    prefix = tuple((7 * i) % 200 for i in range(length))
+def with_beginning(length: int, count: int = 6) -> list[Example]:
+    """Examples that all begin with the same tokens; one of them is hardly longer than these."""
+    beginning = tuple((7 * i) % 200 for i in range(length))
     rest = make_examples(count, seed=4)
-    longer = [Example(prefix + x.input_ids, x.response_start + length) for x in rest]
-    return [*longer, Example((*prefix, 5, 6), length)]
+    longer = [Example(beginning + x.input_ids, x.response_start + length) for x in rest]
+    return [*longer, Example((*beginning, 5, 6), length)]
 
 
 @pytest.mark.parametrize("train_on_inputs", [False, True])
-@pytest.mark.parametrize("micro", [7, 2, 1])
-def test_a_shared_prefix_is_computed_once_and_changes_nothing(
-    model: Model, monkeypatch: pytest.MonkeyPatch, train_on_inputs: bool, micro: int
+@pytest.mark.parametrize(("cutoff", "passes"), [(512, 1), (24, 3), (4, 7)])
+def test_a_common_beginning_is_computed_once_and_changes_nothing(
+    model: Model, monkeypatch: pytest.MonkeyPatch, train_on_inputs: bool, cutoff: int, passes: int
 ) -> None:
-    examples = with_prefix(20)
+    examples = with_beginning(20)
     training = replace(
         TRAINING,
         optimizer="sgd",
         learning_rate=0.5,
         batch_size=7,
-        micro_batch_size=micro,
+        micro_batch_size=2,
+        epochs=1,
         warmup=0,
+        cutoff_len=cutoff,  # two examples of that length bound a row
         train_on_inputs=train_on_inputs,
     )
     task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
@@ -233,67 +225,29 @@ def test_a_shared_prefix_is_computed_once_and_changes_nothing(
     outcomes = []
     for shares in (True, False):
         with monkeypatch.context() as patch:
-            patch.setattr(model, "shares_prefix", shares)
-            patch.setattr(training_module, "PAIR", 10**6)  # halves have less padding, which is counted here
-            outcomes.append((train_client(model, task, examples), sum(tokens)))
+            patch.setattr(model, "shares_rows", shares)
+            patch.setattr(rows_module, "PAIR", 10**6)  # halves have less padding, which is counted here
+            outcomes.append((train_client(model, task, examples), tokens.copy()))
         tokens.clear()
     watch.remove()
     (ours, few), (plain, many) = outcomes
-    assert few <= many - 2 * 6 * 19
+    assert len(few) == passes
+    assert max(few) <= max(2 * cutoff, max(len(x.input_ids) for x in examples))
+    own = sum(len(x.input_ids) for x in examples)
+    assert sum(few) == own - (7 - passes) * 19
+    assert sum(many) >= own
     for key in ("first_loss", "last_loss"):
         assert ours.metrics[key] == pytest.approx(plain.metrics[key], abs=1e-5)
     assert difference(ours.adapter, plain.adapter) < 1e-5
     assert difference(ours.adapter, task.download.adapter) > 0.01
 
 
-@given(st.lists(st.lists(st.integers(0, 1), min_size=2, max_size=6), min_size=2, max_size=4), st.booleans(), st.data())
-@settings(deadline=None, max_examples=60)
-def test_the_shared_prefix_leaves_every_label_its_predictor(
-    tails: list[list[int]], train_on_inputs: bool, data: st.DataObject
-) -> None:
-    head = tuple(range(100, 170))
-    examples = [Example((*head, *t), 68 + data.draw(st.integers(0, len(t) + 1))) for t in tails]
-    share = shared_prefix(examples, train_on_inputs)
-    assert (
-        len({x.input_ids[: share + 1] for x in examples}) == 1
-    )  # the token after it is common: the prefix predicts it
-    if train_on_inputs:
-        assert len({x.input_ids[: share + 2] for x in examples}) > 1 or share + 1 == min(
-            len(x.input_ids) for x in examples
-        )
-    else:
-        assert all(share <= x.response_start - 1 for x in examples)
-        whole, part = collate(examples, False), collate(examples, False, skip=share)
-        assert whole.labels.tolist() == part.labels.tolist()
-
-
-def test_short_prefixes_and_windows_are_not_shared(model: Model, tmp_path: Path) -> None:
-    assert shared_prefix(with_prefix(5), False) == 0
-    assert shared_prefix(with_prefix(20)[:1], False) == 0
-    assert model.shares_prefix
+def test_windows_are_not_shared(model: Model) -> None:
+    assert model.shares_rows
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": 8})
     window = Model(MistralForCausalLM(config), model.tokenizer, name="window")
-    assert not window.shares_prefix
-    train_client(window, task_of(start_adapter(window)), with_prefix(20))
-
-
-@given(st.lists(st.integers(1, 400), min_size=1, max_size=12))
-@settings(deadline=None, max_examples=100)
-def test_halves_keep_the_order_and_are_cut_only_where_large(lengths: list[int]) -> None:
-    examples = [Example((0,) * n, 0) for n in sorted(lengths, reverse=True)]
-    parts = halved(examples)
-    assert [x for part in parts for x in part] == examples
-    for part in parts:
-        assert len(part) == 1 or len(part) * len(part[0].input_ids) < 2 * LANE
-    large = len(examples) > 1 and len(examples) * max(lengths) >= 2 * PAIR
-    assert (len(parts) > 1) is large
-
-
-def test_halves_have_like_padded_sizes() -> None:
-    examples = [Example((0,) * n, 0) for n in (300, 120, 110, 100)]
-    assert [len(part) for part in halved(examples)] == [1, 3]  # 300 and 3 x 120; two and two would be 600 and 220
-    assert [len(part) for part in halved(examples, skip=90)] == [1, 3]
-    assert halved(examples[2:], skip=90) == [examples[2:]]
+    assert not window.shares_rows
+    train_client(window, task_of(start_adapter(window)), with_beginning(20))
 
 
 @pytest.mark.parametrize("train_on_inputs", [False, True])
@@ -304,20 +258,20 @@ def test_lanes_side_by_side_change_nothing(
     """The same bits whichever lane is done first; on any number of cores what one large pass gives, but for rounding."""
     more = {"batch_size": 7, "micro_batch_size": 7, "dropout": dropout, "train_on_inputs": train_on_inputs}
     training = replace(TRAINING, **more, optimizer="sgd", learning_rate=0.5, warmup=0)
-    task, examples = task_of(start_adapter(model), training), with_prefix(20)
+    task, examples = task_of(start_adapter(model), training), make_examples(7)
     threads: set[int] = set()
     watch = model.network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
     before, outcomes = torch.get_num_threads(), []
     try:
-        monkeypatch.setattr(training_module, "PAIR", 8)
-        monkeypatch.setattr(training_module, "LANE", 8)
+        monkeypatch.setattr(rows_module, "PAIR", 8)
+        monkeypatch.setattr(rows_module, "LANE", 8)
         for cores in (1, 2, 3, 2):
             torch.set_num_threads(cores)
             threads.clear()
             outcomes.append(train_client(model, task, examples))
             assert torch.get_num_threads() == cores
             assert (len(threads) > 1) == (cores > 1)
-        monkeypatch.setattr(training_module, "PAIR", 10**6)
+        monkeypatch.setattr(rows_module, "PAIR", 10**6)
         whole = train_client(model, task, examples)
     finally:
         watch.remove()

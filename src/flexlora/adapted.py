@@ -75,7 +75,8 @@ class AdaptedLinear(FrozenLinear):
     extra: Factors | None
     """Fixed low-rank term on top of the base weight (flora, fedex, florist)."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, gated: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`gated`: g and u where `input` is silu(g) · u; they are kept for the way back instead."""
         term = self.term
         if isinstance(term, Scattered):
             y = _SparseLinear.apply(input, self, term.values, term.index)
@@ -84,7 +85,7 @@ class AdaptedLinear(FrozenLinear):
         else:
             p = term.dropout if self.training else 0.0
             A, B = term.A.to(input.dtype), term.B.to(input.dtype)
-            y = _LowRankLinear.apply(input, dropped(input, p) if p else None, self, A, B, term.scaling / (1 - p))
+            y = _LowRankLinear.apply(input, dropped(input, p) if p else None, self, A, B, term.scaling / (1 - p), gated)
         if self.extra is not None:
             A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
             y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
@@ -120,26 +121,31 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, drop: Tensor | None, layer: FrozenLinear, A: Tensor, B: Tensor, s: float
+        ctx: Any,
+        x: Tensor,
+        drop: Tensor | None,
+        layer: FrozenLinear,
+        A: Tensor,
+        B: Tensor,
+        s: float,
+        gated: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        z = x.flatten(0, -2)  # (tokens, d_in)
-        if drop is not None:
-            z = _without(z.clone(memory_format=torch.contiguous_format), drop)
-        h = mm(z, A.T)  # (tokens, r)
+        h = mm(_kept(x, drop), A.T)  # (tokens, r)
         if x.dtype in HALF and (any(ctx.needs_input_grad) or len(h) > FEW):
             y = _rounded_once(x, h, layer, B * s)
         else:
             y = _through(x, layer)
             y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
-        ctx.save_for_backward(z, drop, A, B, h)
+        # not z: several layers have their x in common
+        ctx.save_for_backward(drop, A, B, h, *((x,) if gated is None else (x.detach() for x in gated)))
         ctx.layer, ctx.s = layer, s
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, drop, A, B, h = ctx.saved_tensors
-        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        drop, A, B, h, *made_of = ctx.saved_tensors
+        need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         g = grad.flatten(0, -2)  # (tokens, d_out)
         dh = mm(g, B)
         dx = dA = dB = None
@@ -151,10 +157,11 @@ class _LowRankLinear(torch.autograd.Function):
                 dx.add_(_without(mm(dh, A), drop), alpha=ctx.s)
             dx = dx.view(*grad.shape[:-1], A.shape[1])
         if need_A:
-            dA = mm(dh.T, z).mul_(ctx.s)
+            x = made_of[0] if len(made_of) == 1 else F.silu(made_of[0]).mul_(made_of[1])
+            dA = mm(dh.T, _kept(x, drop)).mul_(ctx.s)
         if need_B:
             dB = mm(g.T, h).mul_(ctx.s)
-        return dx, None, None, dA, dB, None
+        return dx, None, None, dA, dB, None, None
 
 
 def _rounded_once(x: Tensor, h: Tensor, layer: FrozenLinear, B: Tensor) -> Tensor:
@@ -181,15 +188,23 @@ def dropped(x: Tensor, p: float) -> Tensor:
 
     On a processor the gaps between them are drawn, which are geometric: n p numbers instead of n.
     """
-    if type(x) is not Tensor or x.device.type != "cpu":
+    if x.device.type != "cpu":
         return torch.rand((x.shape[:-1].numel(), x.shape[-1]), device=x.device) < p
     n, expected = x.numel(), x.numel() * p
+    if type(x) is not Tensor:  # a fake one, by which memory is estimated: has no places, but room for them
+        return torch.zeros(round(expected), dtype=torch.long)
     few = int(expected + 6 * expected**0.5) + 8
     at, source = torch.full((1,), -1), getattr(_draws, "source", None)
     while int(at[-1]) < n - 1:  # once is enough but once in a billion times
         gaps = torch.rand(few, generator=source).neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
         at = torch.cat([at, gaps.cumsum_(0).add_(at[-1])])
     return at[1 : int(torch.searchsorted(at, n))]
+
+
+def _kept(x: Tensor, drop: Tensor | None) -> Tensor:
+    """x as (tokens, d_in), in a copy of its own where something is dropped."""
+    flat = x.flatten(0, -2)
+    return flat if drop is None else _without(flat.clone(memory_format=torch.contiguous_format), drop)
 
 
 def _without(x: Tensor, drop: Tensor) -> Tensor:

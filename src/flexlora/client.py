@@ -159,7 +159,6 @@ def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> Cl
             examples,
             batch_size=site.eval_batch_size,
             train_on_inputs=training_settings.train_on_inputs,
-            pad_id=site.model.tokenizer.pad_token_id,
         )
     except FAILURES as error:
         return ClientFailure(task.client, (site.says or one_line)(error))

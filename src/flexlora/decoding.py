@@ -20,7 +20,8 @@ from transformers.cache_utils import Cache
 
 from flexlora import attention
 from flexlora.batching import Chunk, common, plan
-from flexlora.logits import likeliest_tokens, logits_at, pass_tokens, token_nll
+from flexlora.likelihood import token_nll
+from flexlora.logits import likeliest_tokens, logits_at, pass_tokens
 
 
 class _Slots(Cache):

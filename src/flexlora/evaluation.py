@@ -14,13 +14,16 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
 
+from flexlora.attention import can_share
+from flexlora.batching import Chunk, plan
 from flexlora.decoding import has_slots
 from flexlora.generation import generate, generate_and_read, stream
-from flexlora.logits import inference, likeliest_tokens, logits_at, pass_tokens, token_nll
+from flexlora.likelihood import token_nll
+from flexlora.logits import inference, likeliest_tokens, logits_at, pass_tokens, said
 from flexlora.prompts import Encoded, Record, Template, encode_all, encode_prompts, end_of_turn, extract_response
+from flexlora.rows import collate, label_tokens
 
 __all__ = ["Loss", "Scores", "exact_match", "generate", "loss", "rouge_l", "score", "stops", "stream"]
 
@@ -49,48 +52,56 @@ def loss(
     *,
     batch_size: int,
     train_on_inputs: bool = False,
-    pad_id: int,
 ) -> Loss:
     """Loss of each example: on its response, or with `train_on_inputs` on all tokens after the first.
 
-    Logits are computed at label positions only, for at most `batch_size` examples (fewer where they are long) at once:
-    memory does not grow with the number of examples.
+    At most `batch_size` examples (fewer where they are long) are read at once, with what they all begin with in front of
+    them only once; logits are computed at label positions only. Memory does not grow with the number of examples.
     """
-    return _read(network, examples, batch_size, train_on_inputs, pad_id)[0]
+    nll, count = [0.0] * len(examples), [label_tokens(x, train_on_inputs) for x in examples]
+    device = next(network.parameters()).device
+    with inference(network):
+        for chunk in _chunks(network, examples, batch_size, train_on_inputs):
+            members = [examples[i] for i in chunk.members]
+            beginning = chunk.prefix if len(members) > 1 else 0
+            rows = collate(members, train_on_inputs, device, beginning=beginning)
+            states, head = said(network, rows)
+            each = token_nll(states, rows.labels, head)
+            common = beginning if train_on_inputs else 0  # labels inside the beginning, which all have
+            own = each[common:].split([count[i] - common for i in chunk.members])
+            for i, part in zip(chunk.members, own, strict=True):
+                nll[i] = (each[:common].sum() + part.sum()).item()
+    return Loss(nll, count)
 
 
-def _read(
-    network: nn.Module,
-    examples: Sequence[Encoded],
-    batch_size: int,
-    train_on_inputs: bool,
-    pad_id: int,
-    teacher_forced: bool = False,
-) -> tuple[Loss, list[list[int]]]:
-    """The loss, and with `teacher_forced` the likeliest next token at every position of every example."""
-    nll, count = [0.0] * len(examples), [0] * len(examples)
+def _read(network: nn.Module, examples: Sequence[Encoded], batch_size: int) -> tuple[Loss, list[list[int]]]:
+    """The loss on the response, and the likeliest next token at every position of every example."""
+    nll, count = [0.0] * len(examples), [label_tokens(x, False) for x in examples]
     likeliest: list[list[int]] = [[] for _ in examples]
     device = next(network.parameters()).device
     with inference(network):
         for batch in _batches([len(e.input_ids) for e in examples], batch_size, pass_tokens(network)):
-            rows = [list(examples[i].input_ids) for i in batch]
-            longest = max(map(len, rows))
-            # padding stands to the right, where causal attention never looks: no mask is needed
-            ids = torch.tensor([row + [pad_id] * (longest - len(row)) for row in rows], device=device)
-            where = torch.zeros_like(ids, dtype=torch.bool)
-            for k, i in enumerate(batch):
-                start = 1 if train_on_inputs else max(1, examples[i].response_start)
-                count[i] = max(0, len(rows[k]) - start)
-                where[k, start - 1 : len(rows[k]) - 1] = True
-            with logits_at(network, where) as hidden:
-                logits = network(input_ids=ids, use_cache=False).logits[0]
-            each = token_nll(logits, ids.roll(-1, 1)[where])
-            for i, part in zip(batch, each.split([count[i] for i in batch]), strict=True):
-                nll[i] = part.sum().item()
-            if teacher_forced:
-                for i, row, best in zip(batch, rows, likeliest_tokens(network, hidden[0]), strict=True):
-                    likeliest[i] = best[: len(row)]
+            rows = collate([examples[i] for i in batch], False, device)
+            with logits_at(network, rows.keep) as hidden:
+                logits = network(input_ids=rows.input_ids, use_cache=False).logits[0]
+            each = token_nll(logits, rows.labels).split([count[i] for i in batch])
+            for i, part, best in zip(batch, each, likeliest_tokens(network, hidden[0]), strict=True):
+                nll[i], likeliest[i] = part.sum().item(), best[: len(examples[i].input_ids)]
     return Loss(nll, count), likeliest
+
+
+def _chunks(network: nn.Module, examples: Sequence[Encoded], batch_size: int, train_on_inputs: bool) -> Sequence[Chunk]:
+    """What to read together; a beginning is shared up to one token before the first label that not all have."""
+    most = pass_tokens(network)
+    if not can_share(network):
+        return [Chunk(0, tuple(b)) for b in _batches([len(e.input_ids) for e in examples], batch_size, most)]
+    ends = [len(e.input_ids) if train_on_inputs else max(1, e.response_start) for e in examples]
+    return plan(
+        [e.input_ids[:end] for e, end in zip(examples, ends, strict=True)],
+        batch_size,
+        [e.input_ids[end:] for e, end in zip(examples, ends, strict=True)],
+        most,
+    )
 
 
 def _batches(lengths: Sequence[int], batch_size: int, most: int) -> list[list[int]]:
@@ -241,7 +252,6 @@ def score(
     """
     examples = encode_all(records, template, tokenizer, cutoff_len)
     prompts = encode_prompts(records, template, tokenizer, cutoff_len, max_new_tokens)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     ending = {"max_new_tokens": max_new_tokens, "stop": stops(template, tokenizer), "progress": progress}
     if has_slots(network):
         # One reading serves both, but where a prompt is cut more for the answer to come than for the true one.
@@ -255,7 +265,7 @@ def score(
         alone = list(range(len(examples)))
         sums, tokens, likeliest = [0.0] * len(alone), [0] * len(alone), [[0]] * len(alone)
         texts = generate(network, tokenizer, prompts, batch_size=batch_size, **ending)
-    rest, rest_likeliest = _read(network, [examples[i] for i in alone], batch_size, False, pad_id, teacher_forced=True)
+    rest, rest_likeliest = _read(network, [examples[i] for i in alone], batch_size)
     for k, i in enumerate(alone):
         sums[i], tokens[i], likeliest[i] = rest.sums[k], rest.tokens[k], rest_likeliest[k]
     measured = Loss(sums, tokens)

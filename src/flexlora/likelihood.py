@@ -1,7 +1,8 @@
-"""The loss of a language model in one pass over its logits, which are the largest tensor of local training.
+"""The loss of a language model without its logits, which would be the largest tensor of local training.
 
 `F.cross_entropy` keeps the logits, their log-softmax and its gradient at once: 3 · labels · vocabulary floats. Here the
-gradient takes the place of the logits where nobody else needs them.
+frozen output layer belongs to the loss: it makes the logits of a few positions, these become their own gradient, and what
+is kept is its product with the layer's weight.
 """
 
 from __future__ import annotations
@@ -10,52 +11,72 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from flexlora.products import mm
+
+PIECE = 256
+"""Labels whose logits exist at once."""
 ROWS = 64
 """Labels that are worked on together: their logits stay in a processor's cache."""
 
 
-def negative_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log likelihood in nats, summed: logits (n, vocabulary), labels (n,) int64 -> float32 scalar.
+def negative_log_likelihood(
+    x: Tensor, labels: Tensor, weights: Tensor | None = None, head: nn.Linear | None = None
+) -> Tensor:
+    """Negative log likelihood in nats, summed -> float32 scalar.
 
-    Float32 logits that come straight from a matrix product are overwritten.
+    Args:
+        x: (n, d) states of which `head`, frozen, makes logits; without a head the (n, vocabulary) logits.
+        labels: (n,) int64.
+        weights: (n,) float32, how often each label counts; None: once.
     """
-    if logits.requires_grad and torch.is_grad_enabled():
-        return _Likelihood.apply(logits, labels, _unshared(logits))
-    pieces = zip(logits.split(ROWS), labels.split(ROWS), strict=True)
-    parts = [F.cross_entropy(x.float(), y, reduction="sum") for x, y in pieces]
-    return torch.stack(parts).sum()
+    if x.requires_grad and torch.is_grad_enabled():
+        return _Likelihood.apply(x, labels, weights, head)
+    return token_nll(x, labels, head).float().dot(torch.ones_like(labels).float() if weights is None else weights)
 
 
-def _unshared(logits: Tensor) -> bool:
-    """Whether what made the logits has no need of them to send gradients back."""
-    made: Any = logits.grad_fn
-    while made is not None and made.name() in ("SelectBackward0", "ViewBackward0", "UnsafeViewBackward0"):
-        made = made.next_functions[0][0]
-    return made is not None and made.name() in ("_FrozenLinearBackward", "MmBackward0")
+def token_nll(x: Tensor, labels: Tensor, head: nn.Linear | None = None) -> Tensor:
+    """Negative log likelihood (n,) in float64 of `labels` (n,), without gradients; x as in `negative_log_likelihood`."""
+    pieces = zip(x.split(PIECE), labels.split(PIECE), strict=True)
+    with torch.no_grad():
+        return torch.cat([F.cross_entropy(logits(a, head).float(), y, reduction="none").double() for a, y in pieces])
+
+
+def logits(x: Tensor, head: nn.Linear | None) -> Tensor:
+    """x (n, d) through the output layer, without gradients; x itself where there is none."""
+    if head is None:
+        return x
+    y = mm(x, head.weight.T)
+    return y if head.bias is None else y.add_(head.bias)
 
 
 class _Likelihood(torch.autograd.Function):
-    """Σ log Σ exp x − x[label]; its gradient, softmax(x) − onehot, is made on the way forward."""
+    """Σ w (log Σ exp z − z[label]) with z the logits of x; the gradient, of z w (softmax(z) − onehot), is made on the way forward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, unshared: bool) -> Tensor:
-        source = logits.detach()
-        grad = source if unshared and source.dtype == torch.float32 else source.to(torch.float32, copy=True)
-        loss = grad.new_zeros(())
-        for x, y in zip(grad.split(ROWS), labels.split(ROWS), strict=True):
-            x.sub_(x.amax(-1, keepdim=True))  # before the logarithm: large logits keep their last digits
-            total, chosen = x.logsumexp(-1, keepdim=True), y[:, None]
-            loss += (total - x.gather(-1, chosen)).sum()
-            x.sub_(total).exp_().scatter_add_(-1, chosen, x.new_full((len(y), 1), -1.0))
+    def forward(ctx: Any, x: Tensor, labels: Tensor, weights: Tensor | None, head: nn.Linear | None) -> Tensor:
+        grad, loss = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
+        for a in range(0, len(x), PIECE):
+            piece = slice(a, a + PIECE)
+            z = logits(x[piece], head).to(torch.float32, copy=head is None)
+            w = None if weights is None else weights[piece]
+            for i in range(0, len(z), ROWS):
+                rows = slice(i, i + ROWS)
+                part, label, logs = z[rows], labels[piece][rows, None], z[rows].log_softmax(-1)
+                nll = logs.gather(-1, label).squeeze(-1).neg_()
+                torch.exp(logs, out=part).scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
+                if w is not None:
+                    nll.mul_(w[rows])
+                    part.mul_(w[rows, None])
+                loss += nll.sum()
+            grad[piece] = z if head is None else mm(z.to(x.dtype), head.weight)
         ctx.save_for_backward(grad)
-        ctx.dtype = logits.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = ctx.saved_tensors
-        return grad.mul_(grad_output).to(ctx.dtype), None, None
+        return grad.mul_(grad_output), None, None, None

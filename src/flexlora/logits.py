@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from flexlora.attention import sharing
+from flexlora.rows import Rows
 
 READ_TOKENS = 2048
 """Tokens of one reading pass at most (or one row): bounds activations."""
@@ -40,20 +43,76 @@ def logits_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
     hidden states (b, t, d).
     """
     hidden: list[Tensor] = []
+    with _at_head(network, where, lambda x: x, hidden):
+        yield hidden
+
+
+@contextmanager
+def _at_head(
+    network: nn.Module, where: Tensor, use: Callable[[Tensor], Tensor], hidden: list[Tensor] | None = None
+) -> Iterator[None]:
+    """Give the output layer, in this thread, what `use` makes of its input at the positions `where`, (1, n, d)."""
     mine = threading.get_ident()  # other threads may be passing through the same network
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         # In front of the output layer, so that what an architecture does to its logits afterwards still happens.
         if threading.get_ident() != mine:
             return None
-        hidden.append(args[0])
-        return (args[0].flatten(0, 1)[where.flatten()][None], *args[1:])
+        if hidden is not None:
+            hidden.append(args[0])
+        return (use(args[0].flatten(0, 1)[where.flatten()][None]), *args[1:])
 
     hook = _head(network).register_forward_pre_hook(select)
     try:
-        yield hidden
+        yield
     finally:
         hook.remove()
+
+
+def said(network: nn.Module, rows: Rows) -> tuple[Tensor, nn.Linear | None]:
+    """What the network says at the n positions `rows.keep`: (n, d) states and the output layer that makes logits of them.
+
+    Where an architecture does more to its logits (a cap, a scale) they are (n, vocabulary) logits, and None.
+    """
+    head = _head(network)
+    if isinstance(head, nn.Linear) and network not in _more_than_logits:
+        with states_at(network, rows.keep) as states:
+            result = _passed(network, rows)
+        if result is states[0]:
+            return result.flatten(0, 1), head
+        _more_than_logits.add(network)
+    with logits_at(network, rows.keep):
+        return _passed(network, rows).flatten(0, 1), None
+
+
+_more_than_logits: WeakSet[nn.Module] = WeakSet()
+"""Networks that do not return what their output layer gives as it is."""
+
+
+def _passed(network: nn.Module, rows: Rows) -> Tensor:
+    more: dict[str, Any] = {}
+    if rows.shared is not None:
+        device = rows.input_ids.device
+        more = {"position_ids": rows.shared.positions(device), "attention_mask": rows.shared.mask(device)}
+    with sharing(rows.shared):
+        return network(input_ids=rows.input_ids, use_cache=False, **more).logits
+
+
+@contextmanager
+def states_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
+    """As `logits_at`, but what its input at the n positions is takes the place of the output layer's output, (1, n, d)."""
+    states: list[Tensor] = []
+    mine = threading.get_ident()
+
+    def answer(_: nn.Module, __: Any, ___: Any) -> Tensor | None:
+        return states[0] if threading.get_ident() == mine else None
+
+    with _at_head(network, where, lambda x: states.append(x) or x[:, :0]):
+        hook = _head(network).register_forward_hook(answer)
+        try:
+            yield states
+        finally:
+            hook.remove()
 
 
 def _head(network: nn.Module) -> nn.Module:
@@ -63,12 +122,6 @@ def _head(network: nn.Module) -> nn.Module:
 def pass_tokens(network: nn.Module) -> int:
     """Tokens of one reading pass at most."""
     return max(1, min(READ_TOKENS, LOGITS // int(_head(network).weight.shape[0])))  # pyright: ignore
-
-
-def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """Negative log likelihood (n,) in float64 of `labels` (n,) under `logits` (n, vocabulary)."""
-    pieces = zip(logits.split(PIECE), labels.split(PIECE), strict=True)
-    return torch.cat([F.cross_entropy(x.float(), y, reduction="none").double() for x, y in pieces])
 
 
 def likeliest_tokens(network: nn.Module, hidden: Tensor) -> list[list[int]]:

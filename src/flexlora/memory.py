@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from flexlora import nf4
-from flexlora.likelihood import negative_log_likelihood
+from flexlora.likelihood import PIECE
 from flexlora.modeling import Model
 from flexlora.ranks import RankPlan, resolve
+from flexlora.rows import Rows
+from flexlora.training import loss_sum
 from flexlora.types import FlexLoraError, LowRank, Ranks
 
 ADAPTER_COPIES = 3
@@ -96,7 +98,7 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
 
 
 def _kept(model: Model, work: Workload) -> int:
-    """Bytes that autograd keeps for one micro-batch; weights are not counted."""
+    """Bytes that autograd keeps for one micro-batch, and of the logits that exist at once; weights are not counted."""
     tokens = work.micro_batch_size * work.cutoff_len
     ids = torch.zeros(work.micro_batch_size, work.cutoff_len, dtype=torch.long)
     # The last token of an example predicts nothing; it is left in for a round figure.
@@ -113,10 +115,10 @@ def _kept(model: Model, work: Workload) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        logits = model.logits(ids, everything)
-        loss = negative_log_likelihood(logits, torch.zeros(tokens, dtype=torch.long))
+        loss = loss_sum(model, Rows(ids, everything, torch.zeros(tokens, dtype=torch.long)))
     del loss
-    return sum(x.untyped_storage().nbytes() for x in held.values())
+    vocabulary = len(model.network.get_output_embeddings().weight)
+    return sum(x.untyped_storage().nbytes() for x in held.values()) + 4 * min(tokens, PIECE) * vocabulary
 
 
 def type_memories(model: Model, plan: RankPlan, work: Workload) -> dict[str, Memory]:

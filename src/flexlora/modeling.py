@@ -20,10 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from flexlora import attention, gguf, nf4
+from flexlora import attention, blocks, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
-from flexlora.logits import logits_at
-from flexlora.prefix import Prefix, plain_attention
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,8 +56,9 @@ class Model:
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
         attention.use(network)
-        self.shares_prefix: bool = plain_attention(network)
-        """Whether `read_prefix` is exact for this architecture."""
+        blocks.use(network)
+        self.shares_rows: bool = attention.can_share(network)
+        """Whether examples that begin alike may stand in one row."""
 
     @cached_property
     def side_by_side(self) -> bool:
@@ -177,24 +176,6 @@ class Model:
             elif isinstance(layer.term, Scattered):
                 parts.append(layer.term.values)
         return [x for x in parts if x.requires_grad]
-
-    def logits(self, input_ids: Tensor, keep: Tensor, prefix: Prefix | None = None) -> Tensor:
-        """(n, vocabulary) logits at the n positions `keep` of the flattened (batch, length) input.
-
-        Sequences start at the left edge and may be padded on the right with anything: no token sees what comes after it.
-        With a `prefix` each sequence goes on where the prefix ends.
-        """
-        more: dict[str, Any] = {"use_cache": False}
-        if prefix is not None:
-            more = {"use_cache": True, "past_key_values": prefix.cache(len(input_ids))}
-        with logits_at(self.network, keep):
-            return self.network(input_ids=input_ids, **more).logits.flatten(0, 1)
-
-    def read_prefix(self, input_ids: Tensor, keep: Tensor) -> tuple[Prefix, Tensor]:
-        """Run the (length,) tokens that several sequences begin with, once; also their logits at the positions `keep`."""
-        with logits_at(self.network, keep):
-            out = self.network(input_ids=input_ids[None], use_cache=True)
-        return Prefix([(x.keys, x.values) for x in out.past_key_values.layers]), out.logits.flatten(0, 1)
 
 
 def _target_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:

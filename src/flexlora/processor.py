@@ -20,13 +20,14 @@ def made_by_intel() -> bool:
 def settle() -> None:
     """Before torch is loaded, as both are too late where it is there already: how its threads wait and where they allocate.
 
-    Its idle threads sleep instead of spin where other threads multiply (see `flexlora.products`); the OpenMP library reads
-    the variable once.
+    Where other threads multiply (see `flexlora.products`) its idle threads sleep after a few microseconds, in which the next
+    operation usually comes: waking one takes longer. The OpenMP library reads the variables once.
     """
     if "torch" not in sys.modules:
         _keep_freed()
-        if not made_by_intel():
-            os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        if not made_by_intel() and "OMP_WAIT_POLICY" not in os.environ:
+            os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+            os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 
 def threads_sleep() -> bool:

@@ -40,7 +40,6 @@ class ModelScorer:
             examples,
             batch_size=self.config.eval_batch_size,
             train_on_inputs=self.config.train_on_inputs,
-            pad_id=self.model.tokenizer.pad_token_id,
         )
 
     def validate(self, adapter: Adapter) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,103 +19,21 @@ from torch import Tensor
 from flexlora.adapted import Factors, dropout_from
 from flexlora.cores import each
 from flexlora.likelihood import negative_log_likelihood
+from flexlora.logits import said
 from flexlora.modeling import Model, scaling
-from flexlora.prefix import Prefix
 from flexlora.randomness import derive, generator
+from flexlora.rows import Rows, Tokens, collate, common_beginning, fill, halved, label_tokens
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
 MAX_GRAD_NORM = 1.0
 GROUP = 8
 """Batches that group_by_length sorts together: lengths are alike inside a batch, order and company stay random."""
 
-MIN_SAVED = 64
-"""Tokens that a shared prefix must save in a batch: it costs one more pass through the layers."""
 
-LANE = 512
-"""Tokens from which a part of a micro-batch gets a core of its own: halves side by side wait for one another once, threads
-inside every operation some thousand times."""
-PAIR = 96
-"""Tokens from which there are at least two such parts: their products are slower, but still better than waiting."""
-
-
-class Tokens(Protocol):
-    """One tokenised example, as `flexlora.prompts.Encoded`."""
-
-    @property
-    def input_ids(self) -> tuple[int, ...]: ...
-    @property
-    def response_start(self) -> int: ...
-    @property
-    def cut(self) -> int: ...
-
-
-class MicroBatch(NamedTuple):
-    """Examples of one forward pass, padded on the right: no token sees the padding, so there is no mask."""
-
-    input_ids: Tensor
-    """(examples, length)"""
-    keep: Tensor
-    """(n,) positions in the flattened input whose next token is a label, ascending."""
-    labels: Tensor
-    """(n,)"""
-
-
-def collate(
-    examples: Sequence[Tokens], train_on_inputs: bool, device: torch.device | str = "cpu", *, skip: int = 0
-) -> MicroBatch:
-    """Labels are the response tokens, with `train_on_inputs` all tokens but the first, which nothing predicts.
-
-    The first `skip` tokens of every example are left out: a prefix that `shared_prefix` found.
-    """
-    length = max(len(x.input_ids) for x in examples) - skip
-    input_ids = torch.zeros(len(examples), length, dtype=torch.long)
-    keep: list[Tensor] = []
-    labels: list[Tensor] = []
-    for row, x in enumerate(examples):
-        ids = torch.tensor(x.input_ids[skip:], dtype=torch.long)
-        input_ids[row, : len(ids)] = ids
-        first = 1 if train_on_inputs else max(1, x.response_start - skip)
-        labels.append(ids[first:])
-        keep.append(torch.arange(first, len(ids)) + (row * length - 1))
-    parts = (input_ids, torch.cat(keep), torch.cat(labels))
-    if torch.device(device).type == "cuda":  # pinned: the copy runs beside the work that is queued
-        return MicroBatch(*(x.pin_memory().to(device, non_blocking=True) for x in parts))
-    return MicroBatch(*(x.to(device) for x in parts))
-
-
-def shared_prefix(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
-    """How many leading tokens need computing only once for all of `examples`; 0 where that saves little.
-
-    What is left of each example predicts its own labels: at least one token, and one before the response.
-    """
-    least, most = min(x.input_ids for x in examples), max(x.input_ids for x in examples)
-    common = next((i for i, (a, b) in enumerate(zip(least, most, strict=False)) if a != b), min(len(least), len(most)))
-    end = common if train_on_inputs else min(common, *(x.response_start for x in examples))
-    share = max(0, end - 1)
-    return share if share * (len(examples) - 1) >= MIN_SAVED else 0
-
-
-def halved(examples: Sequence[Tokens], *, skip: int = 0, least: int | None = None) -> list[Sequence[Tokens]]:
-    """Cut examples, longest first, into two parts of like padded size where there are 2 · `PAIR` tokens or more, and a part again
-    where it has 2 · `least` (`LANE`) or more.
-
-    The parts follow from the lengths alone, not from the number of cores. The first `skip` tokens do not count.
-    """
-    sizes = [len(x.input_ids) - skip for x in examples]
-    if len(sizes) < 2 or len(sizes) * sizes[0] < 2 * (least or PAIR):
-        return [examples]
-    cut = min(range(1, len(sizes)), key=lambda i: max(i * sizes[0], (len(sizes) - i) * sizes[i]))
-    return [part for half in (examples[:cut], examples[cut:]) for part in halved(half, skip=skip, least=LANE)]
-
-
-def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
-    return len(example.input_ids) - (1 if train_on_inputs else max(1, example.response_start))
-
-
-def loss_sum(model: Model, batch: MicroBatch, prefix: Prefix | None = None) -> Tensor:
-    """Negative log likelihood in nats, summed over the labels of one micro-batch."""
-    logits = model.logits(batch.input_ids, batch.keep, prefix)
-    return negative_log_likelihood(logits, batch.labels)
+def loss_sum(model: Model, rows: Rows) -> Tensor:
+    """Negative log likelihood in nats, summed over the labels of one pass."""
+    states, head = said(model.network, rows)
+    return negative_log_likelihood(states, rows.labels, rows.weights, head)
 
 
 def batches(lengths: Sequence[int], training: LocalTraining, seed: int) -> list[list[int]]:
@@ -211,50 +129,44 @@ def train_client(
 
 
 def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining, seed: int) -> float:
-    """Add the gradients of one batch, micro-batch after micro-batch of like lengths; returns its loss.
+    """Add the gradients of one batch, pass after pass; returns its loss.
 
-    What all examples of the batch begin with (a task's definition) is computed once, forward and backward; with
-    dropout they share its draw there.
+    Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
+    row, and dropout's draw for the beginning; otherwise micro_batch_size examples of like lengths go together.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
-    inputs, device = training.train_on_inputs, model.device
-    total = torch.zeros((), device=device)
-    share = shared_prefix(chosen, inputs) if model.shares_prefix and len(chosen) > 1 else 0
-    prefix = prefix_loss = None
-    if share:
-        ids = torch.tensor(chosen[0].input_ids[: share + 1], device=device)
-        keep = torch.arange(share if inputs else 0, device=device)
-        prefix, logits = model.read_prefix(ids[:-1], keep)
-        if inputs:
-            prefix_loss = negative_log_likelihood(logits, ids[1:]) * (len(chosen) / count)
-            total += prefix_loss.detach()
-    for a in range(0, len(chosen), training.micro_batch_size):
-        micro = chosen[a : a + training.micro_batch_size]
+    inputs, most = training.train_on_inputs, training.micro_batch_size
+    beginning = common_beginning(chosen, inputs) if model.shares_rows else 0
+    if beginning:
+        passes = [[part] for part in fill(chosen, beginning, most * training.cutoff_len)]
+    else:
+        cuts = [chosen[a : a + most] for a in range(0, len(chosen), most)]
+        passes = [halved(cut) if model.side_by_side else [cut] for cut in cuts]
+    total = torch.zeros((), device=model.device)
+    for a, parts in enumerate(passes):
         lanes = [
-            _Lane(collate(lane, inputs, device, skip=share), generator(seed, "dropout", a, i))
-            for i, lane in enumerate(halved(micro, skip=share) if model.side_by_side else [micro])
+            _Lane(collate(part, inputs, model.device, beginning=beginning), generator(seed, "dropout", a, i))
+            for i, part in enumerate(parts)
         ]
-        total += _add_gradients(model, [x for x in lanes if len(x.batch.labels)], prefix, count)
-    if prefix:
-        prefix.backward(prefix_loss)
+        total += _add_gradients(model, [x for x in lanes if len(x.rows.labels)], count)
     return total.item()
 
 
 class _Lane(NamedTuple):
-    batch: MicroBatch
+    rows: Rows
     draws: torch.Generator
     """What dropout on a processor draws from: lanes may run side by side."""
 
 
-def _add_gradients(model: Model, lanes: Sequence[_Lane], prefix: Prefix | None, count: int) -> Tensor:
-    """Add to the gradients those of one micro-batch, lane by lane, side by side where there are cores; returns its loss.
+def _add_gradients(model: Model, lanes: Sequence[_Lane], count: int) -> Tensor:
+    """Add to the gradients those of one pass, lane by lane, side by side where there are cores; returns its loss.
 
     They are summed in the order of the lanes, so that it does not matter by one bit which is done first.
     """
 
     def loss_of(lane: _Lane) -> Tensor:
         with dropout_from(lane.draws):
-            return loss_sum(model, lane.batch, prefix) / count
+            return loss_sum(model, lane.rows) / count
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
     if min(cores, len(lanes)) < 2:
@@ -263,7 +175,7 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane], prefix: Prefix | None, 
             loss.backward()
             total += loss.detach()
         return total
-    leaves = [*model.trainable(), *(prefix.leaves if prefix else ())]
+    leaves = model.trainable()
 
     def gradients(lane: _Lane) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         loss = loss_of(lane)
