@@ -4,6 +4,8 @@
     python benchmarks/training.py --data DIR           # also batches of 8 records of one client of that data folder
     python benchmarks/training.py --dropout 0.05       # flexlora's default; the others draw for every entry
     python benchmarks/training.py --bfloat16           # beside float32, flexlora and PEFT's loop in bfloat16
+    python benchmarks/training.py --plain              # memory and threads as torch comes, for all: what the others have
+                                                       # where flexlora is not imported
 
 The variants take turns, batch after batch, so that a busy machine slows all of them alike; medians are compared. The
 CPU column counts processor time, which other work on the machine hardly changes. The floor is four flops per frozen
@@ -15,13 +17,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flexlora  # noqa: F401  before torch: settles how its idle threads wait, for all variants alike
+if "--plain" in sys.argv:
+    import torch
+import flexlora  # noqa: F401  before torch: settles memory and idle threads, for all variants alike
 
 # isort: split
 import torch
@@ -212,6 +217,7 @@ def main() -> None:
     parser.add_argument("--skip_synthetic", action="store_true")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--bfloat16", action="store_true")
+    parser.add_argument("--plain", action="store_true", help="memory and threads as torch comes")
     options = parser.parse_args()
     folder = str(gguf.converted(gguf.smollm2_file()))
     single = load_model("smollm2", precision="float32")
