@@ -15,9 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM, get_linear_schedule_with_warmup
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    get_linear_schedule_with_warmup,
+)
 
 from flexlora import rows as rows_module
+from flexlora.logits import bare_head
 from flexlora.modeling import Model, load_model, save_adapter
 from flexlora.rows import collate, label_tokens
 from flexlora.training import batches, learning_rate, loss_sum, train_client
@@ -248,6 +256,17 @@ def test_windows_are_not_shared(model: Model) -> None:
     window = Model(MistralForCausalLM(config), model.tokenizer, name="window")
     assert not window.shares_rows
     train_client(window, task_of(start_adapter(window)), with_beginning(20))
+
+
+def test_a_network_that_scales_its_logits_gives_the_same_bits_from_the_first_client_on(model: Model) -> None:
+    """That it does is found out in a pass of its own, which must draw nothing."""
+    config = GraniteConfig(**model.network.config.to_dict() | {"model_type": "granite", "logits_scaling": 3.0})
+    torch.manual_seed(0)
+    granite = Model(GraniteForCausalLM(config), model.tokenizer, name="granite")
+    training = replace(TRAINING, dropout=0.3)
+    first, second = (train_client(granite, task_of(start_adapter(granite), training), EXAMPLES) for _ in range(2))
+    assert bare_head(granite.network) is None
+    assert difference(first.adapter, second.adapter) == 0.0
 
 
 @pytest.mark.parametrize("train_on_inputs", [False, True])

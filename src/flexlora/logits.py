@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -74,28 +74,30 @@ def said(network: nn.Module, rows: Rows) -> tuple[Tensor, nn.Linear | None]:
 
     Where an architecture does more to its logits (a cap, a scale) they are (n, vocabulary) logits, and None.
     """
-    head = _head(network)
-    if isinstance(head, nn.Linear) and network not in _more_than_logits:
-        with states_at(network, rows.keep) as states:
-            result = _passed(network, rows)
-        if result is states[0]:
-            return result.flatten(0, 1), head
-        _more_than_logits.add(network)
-    with logits_at(network, rows.keep):
-        return _passed(network, rows).flatten(0, 1), None
-
-
-_more_than_logits: WeakSet[nn.Module] = WeakSet()
-"""Networks that do not return what their output layer gives as it is."""
-
-
-def _passed(network: nn.Module, rows: Rows) -> Tensor:
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"use_cache": False}
     if rows.shared is not None:
         device = rows.input_ids.device
-        more = {"position_ids": rows.shared.positions(device), "attention_mask": rows.shared.mask(device)}
-    with sharing(rows.shared):
-        return network(input_ids=rows.input_ids, use_cache=False, **more).logits
+        more |= {"position_ids": rows.shared.positions(device), "attention_mask": rows.shared.mask(device)}
+    head = bare_head(network)
+    with (logits_at if head is None else states_at)(network, rows.keep), sharing(rows.shared):
+        return network(input_ids=rows.input_ids, **more).logits.flatten(0, 1), head
+
+
+def bare_head(network: nn.Module) -> nn.Linear | None:
+    """The output layer of a network that returns what it gives as it is; None for another.
+
+    One token is passed to find out, once, in evaluation mode: ask before several threads pass through the network.
+    """
+    if network not in _bare_heads:
+        head = _head(network)
+        first = torch.zeros(1, dtype=torch.long, device=head.weight.device)  # pyright: ignore[reportArgumentType]
+        with inference(network), states_at(network, first) as states:
+            bare = network(input_ids=first[None], use_cache=False).logits is states[0]
+        _bare_heads[network] = head if bare and isinstance(head, nn.Linear) else None
+    return _bare_heads[network]
+
+
+_bare_heads: WeakKeyDictionary[nn.Module, nn.Linear | None] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -107,7 +109,11 @@ def states_at(network: nn.Module, where: Tensor) -> Iterator[list[Tensor]]:
     def answer(_: nn.Module, __: Any, ___: Any) -> Tensor | None:
         return states[0] if threading.get_ident() == mine else None
 
-    with _at_head(network, where, lambda x: states.append(x) or x[:, :0]):
+    def nothing(x: Tensor) -> Tensor:
+        states.append(x)
+        return x[:, :0]
+
+    with _at_head(network, where, nothing):
         hook = _head(network).register_forward_hook(answer)
         try:
             yield states

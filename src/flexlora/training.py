@@ -19,7 +19,7 @@ from torch import Tensor
 from flexlora.adapted import Factors, dropout_from
 from flexlora.cores import each
 from flexlora.likelihood import negative_log_likelihood
-from flexlora.logits import said
+from flexlora.logits import bare_head, said
 from flexlora.modeling import Model, scaling
 from flexlora.randomness import derive, generator
 from flexlora.rows import Rows, Tokens, collate, common_beginning, fill, halved, label_tokens
@@ -95,6 +95,7 @@ def train_client(
     tails = _Tails(model.factors(), rule.prune) if rule.prune else None
     optimizer = _optimizer(model.trainable(), training)
     losses: list[float] = []
+    bare_head(model.network)  # while nothing else passes through it
     try:
         with _seeded(model, derive(task.seed, "dropout")):
             for step, chosen in enumerate(steps):
