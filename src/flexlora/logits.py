@@ -90,7 +90,7 @@ def bare_head(network: nn.Module) -> nn.Linear | None:
     """
     if network not in _bare_heads:
         head = _head(network)
-        first = torch.zeros(1, dtype=torch.long, device=head.weight.device)  # pyright: ignore[reportArgumentType]
+        first = torch.zeros(1, dtype=torch.long, device=head.weight.device)  # pyright: ignore[reportArgumentType, reportCallIssue]
         with inference(network), states_at(network, first) as states:
             bare = network(input_ids=first[None], use_cache=False).logits is states[0]
         _bare_heads[network] = head if bare and isinstance(head, nn.Linear) else None
