@@ -14,6 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flexlora  # noqa: F401  before torch, as the command line does: settles memory
+
+# isort: split
 import torch
 
 from flexlora.memory import Workload, training_memory

@@ -18,7 +18,7 @@ from flexlora.products import mm
 
 PIECE = 256
 """Labels whose logits exist at once."""
-ROWS = 64
+ROWS = 32
 """Labels that are worked on together: their logits stay in a processor's cache."""
 
 
@@ -60,18 +60,7 @@ class _Likelihood(torch.autograd.Function):
         grad, loss = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
         for a in range(0, len(x), PIECE):
             piece = slice(a, a + PIECE)
-            z = logits(x[piece], head).to(torch.float32, copy=head is None)
-            w = None if weights is None else weights[piece]
-            for i in range(0, len(z), ROWS):
-                rows = slice(i, i + ROWS)
-                part, label, logs = z[rows], labels[piece][rows, None], z[rows].log_softmax(-1)
-                nll = logs.gather(-1, label).squeeze(-1).neg_()
-                torch.exp(logs, out=part).scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
-                if w is not None:
-                    nll.mul_(w[rows])
-                    part.mul_(w[rows, None])
-                loss += nll.sum()
-            grad[piece] = z if head is None else mm(z.to(x.dtype), head.weight)
+            grad[piece] = _piece(x[piece], labels[piece], None if weights is None else weights[piece], head, loss)
         ctx.save_for_backward(grad)
         return loss
 
@@ -80,3 +69,18 @@ class _Likelihood(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = ctx.saved_tensors
         return grad.mul_(grad_output), None, None, None
+
+
+def _piece(x: Tensor, labels: Tensor, weights: Tensor | None, head: nn.Linear | None, loss: Tensor) -> Tensor:
+    """The gradient of a piece, whose loss is added to `loss`. Its logits end with the function, before there are others."""
+    z = logits(x, head).to(torch.float32, copy=head is None)
+    for i in range(0, len(z), ROWS):
+        rows = slice(i, i + ROWS)
+        part, label, logs = z[rows], labels[rows, None], z[rows].log_softmax(-1)
+        nll = logs.gather(-1, label).squeeze(-1).neg_()
+        torch.exp(logs, out=part).scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
+        if weights is not None:
+            nll.mul_(weights[rows])
+            part.mul_(weights[rows, None])
+        loss += nll.sum()
+    return z if head is None else mm(z.to(x.dtype), head.weight)

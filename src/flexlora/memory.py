@@ -16,8 +16,9 @@ from torch import Tensor
 from flexlora import nf4
 from flexlora.likelihood import PIECE
 from flexlora.modeling import Model
+from flexlora.prompts import Encoded
 from flexlora.ranks import RankPlan, resolve
-from flexlora.rows import Rows
+from flexlora.rows import Rows, halved
 from flexlora.training import loss_sum
 from flexlora.types import FlexLoraError, LowRank, Ranks
 
@@ -27,8 +28,8 @@ ADAPTER_COPIES = 3
 PROCESS = 420 * 2**20
 """Bytes of a Python process with torch and transformers in it, on the CPU, measured."""
 
-LOST = 0.15
-"""Share of the activations that the allocator loses between blocks, measured (benchmarks/memory.py)."""
+LOST = 0.4
+"""What the way back and gaps between blocks of the heap add to the activations, measured (benchmarks/memory.py)."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Memory:
     """Factors in float32, with the copies of what was sent and what is sent back, and their gradients."""
     optimizer: int
     activations: int
-    """What a forward pass keeps for the backward pass, of one micro-batch."""
+    """What forward passes keep for the backward passes, of what trains at the same time."""
     process: int = PROCESS
 
     @property
@@ -89,18 +90,28 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
         unpacked = max(sizes[id(p)] for p in linear)
         sizes |= {id(p): round(p.numel() * nf4.BITS / 8) for p in linear}
     weights = sum(sizes.values()) + unpacked
+    lanes = _at_once(model, work)
     return Memory(
         weights=weights,
-        adapters=(ADAPTER_COPIES + 1) * factors,
+        adapters=(ADAPTER_COPIES + (1 + len(lanes) if len(lanes) > 1 else 1)) * factors,
         optimizer=2 * factors if work.optimizer == "adamw" else 0,
         activations=round((1 + LOST) * kept),
     )
 
 
+def _at_once(model: Model, work: Workload) -> list[int]:
+    """Examples in each of the lanes that train at the same time: two at most, as with two cores."""
+    example = Encoded((0,) * work.cutoff_len, 0, 0)
+    examples = [example] * work.micro_batch_size
+    lanes = halved(examples) if model.side_by_side else [examples]
+    return sorted(map(len, lanes))[-2:]
+
+
 def _kept(model: Model, work: Workload) -> int:
-    """Bytes that autograd keeps for one micro-batch, and of the logits that exist at once; weights are not counted."""
-    tokens = work.micro_batch_size * work.cutoff_len
-    ids = torch.zeros(work.micro_batch_size, work.cutoff_len, dtype=torch.long)
+    """Bytes that autograd keeps of what is trained at the same time, and of the logits there; weights are not counted."""
+    lanes = _at_once(model, work)
+    tokens = sum(lanes) * work.cutoff_len
+    ids = torch.zeros(sum(lanes), work.cutoff_len, dtype=torch.long)
     # The last token of an example predicts nothing; it is left in for a round figure.
     everything = torch.arange(tokens)
     own = {x.untyped_storage()._cdata for x in model.network.parameters()} | {
@@ -118,7 +129,8 @@ def _kept(model: Model, work: Workload) -> int:
         loss = loss_sum(model, Rows(ids, everything, torch.zeros(tokens, dtype=torch.long)))
     del loss
     vocabulary = len(model.network.get_output_embeddings().weight)
-    return sum(x.untyped_storage().nbytes() for x in held.values()) + 4 * min(tokens, PIECE) * vocabulary
+    pieces = sum(min(n * work.cutoff_len, PIECE) for n in lanes) * vocabulary * 4
+    return sum(x.untyped_storage().nbytes() for x in held.values()) + pieces
 
 
 def type_memories(model: Model, plan: RankPlan, work: Workload) -> dict[str, Memory]:

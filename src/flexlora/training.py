@@ -22,7 +22,7 @@ from flexlora.likelihood import negative_log_likelihood
 from flexlora.logits import bare_head, said
 from flexlora.modeling import Model, scaling
 from flexlora.randomness import derive, generator
-from flexlora.rows import Rows, Tokens, collate, common_beginning, fill, halved, label_tokens
+from flexlora.rows import LANE, Rows, Tokens, collate, common_beginning, fill, halved, label_tokens
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
 MAX_GRAD_NORM = 1.0
@@ -133,13 +133,17 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
     """Add the gradients of one batch, pass after pass; returns its loss.
 
     Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
-    row, and dropout's draw for the beginning; otherwise micro_batch_size examples of like lengths go together.
+    row, and dropout's draw for the beginning; on a processor no more than two lanes hold. Otherwise micro_batch_size
+    examples of like lengths go together.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
     inputs, most = training.train_on_inputs, training.micro_batch_size
     beginning = common_beginning(chosen, inputs) if model.shares_rows else 0
     if beginning:
-        passes = [[part] for part in fill(chosen, beginning, most * training.cutoff_len)]
+        room = most * training.cutoff_len
+        if model.side_by_side:
+            room = min(room, max(training.cutoff_len, 2 * LANE))
+        passes = [[part] for part in fill(chosen, beginning, room)]
     else:
         cuts = [chosen[a : a + most] for a in range(0, len(chosen), most)]
         passes = [halved(cut) if model.side_by_side else [cut] for cut in cuts]
