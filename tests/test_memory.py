@@ -64,6 +64,14 @@ def test_activations_grow_with_tokens_and_ranks(empty: Model) -> None:
     assert training_memory(empty, at(empty, 1), Workload(4, 32)).activations > 3.5 * small
 
 
+def test_lanes_that_train_at_once_are_counted_and_no_others(empty: Model) -> None:
+    """Two halves of a micro-batch, each with gradients of its own; a larger one is cut into more, two of them at once."""
+    one, two, many = (training_memory(empty, at(empty, 4), Workload(n, 512)) for n in (1, 2, 8))
+    assert two.adapters * 4 == one.adapters * 6
+    assert many == two
+    assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
+
+
 def test_the_largest_that_fits() -> None:
     needed = {name: Memory(size, 0, 0, 0, process=0) for name, size in (("a", 10), ("b", 20), ("c", 30))}
     assert [affordable(needed, budget) for budget in (9, 10, 29, 30)] == [None, "a", "b", "c"]

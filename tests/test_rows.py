@@ -173,6 +173,7 @@ def test_one_row_is_what_each_example_is_alone(kind: str, train_on_inputs: bool)
     assert isinstance(expected, Tensor)
     weight = network.get_input_embeddings().weight
     (gradient,) = torch.autograd.grad(expected, [weight])
+    assert not attention.can_share(network), "it does not attend by our function yet"
     attention.use(network)
     assert attention.can_share(network)
     network.get_output_embeddings().weight.requires_grad_(False)

@@ -250,6 +250,18 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(
     assert difference(ours.adapter, task.download.adapter) > 0.01
 
 
+def test_a_row_holds_no_more_than_two_lanes_on_a_processor(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens: list[int] = []
+    watch = model.network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
+    training = replace(TRAINING, batch_size=7, micro_batch_size=2, epochs=1, cutoff_len=30, train_on_inputs=True)
+    for lane, least, most in ((1000, 41, 60), (20, 34, 40), (10, 1, 33)):
+        monkeypatch.setattr("flexlora.training.LANE", lane)
+        tokens.clear()
+        train_client(model, task_of(start_adapter(model), training), with_beginning(20))
+        assert least <= max(tokens) <= most
+    watch.remove()
+
+
 def test_windows_are_not_shared(model: Model) -> None:
     assert model.shares_rows
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": 8})
