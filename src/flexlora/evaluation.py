@@ -63,7 +63,8 @@ def loss(
     with inference(network):
         for chunk in _chunks(network, examples, batch_size, train_on_inputs):
             members = [examples[i] for i in chunk.members]
-            beginning = chunk.prefix if len(members) > 1 else 0
+            # where the beginning has labels, the token after it must be common too
+            beginning = max(0, chunk.prefix - train_on_inputs) if len(members) > 1 else 0
             rows = collate(members, train_on_inputs, device, beginning=beginning)
             states, head = said(network, rows)
             each = token_nll(states, rows.labels, head)
