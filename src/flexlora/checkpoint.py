@@ -47,10 +47,16 @@ def _class_name(kind: type) -> str:
 def flatten(value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A JSON tree and the tensors that it names. Raises TypeError for what the contract of `Method` does not allow."""
     tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().cpu().contiguous().clone()
+            tensor = value.detach().cpu().contiguous()
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() in seen or storage.nbytes() != tensor.nbytes:  # safetensors wants each on its own
+                tensor = tensor.clone()
+            seen.add(storage.data_ptr())
+            tensors[path] = tensor
             return {"tensor": path}
         if value is None or isinstance(value, (bool, int, float, str)):
             return value

@@ -149,10 +149,12 @@ def _misfits(module: str, x: LowRank | Sparse, origin: LowRank | Sparse, rule: C
     for tensor, like in tensors:
         if tensor.dtype != like.dtype:
             yield f"{module} has numbers of type {tensor.dtype}, not {like.dtype}"
-        elif not bool(torch.isfinite(tensor).all()):
-            yield f"{module} has values that are not finite"
-        elif tensor.numel() and float(tensor.abs().max()) > LARGEST:
-            yield f"{module} has values up to {float(tensor.abs().max()):.3g}, at most {LARGEST:g} is let in"
+        elif tensor.numel():
+            low, high = (float(x) for x in tensor.aminmax())  # NaN wherever there is one
+            if not (math.isfinite(low) and math.isfinite(high)):
+                yield f"{module} has values that are not finite"
+            elif (largest := max(-low, high)) > LARGEST:
+                yield f"{module} has values up to {largest:.3g}, at most {LARGEST:g} is let in"
 
 
 # --- increments --------------------------------------------------------------------------------------------------------
@@ -160,11 +162,14 @@ def _misfits(module: str, x: LowRank | Sparse, origin: LowRank | Sparse, rule: C
 
 def change(x: LowRank, origin: LowRank) -> tuple[Tensor, Tensor]:
     """(dB, dA) in float64 at the rank of what was sent: a direction that the client dropped became zero."""
-    dB, dA = -origin.B.double(), -origin.A.double()
-    rank = x.A.shape[0]
-    dB[:, :rank] += x.B.double()
-    dA[:rank] += x.A.double()
-    return dB, dA
+    return _moved(x.B.T, origin.B.T).T, _moved(x.A, origin.A)
+
+
+def _moved(x: Tensor, origin: Tensor) -> Tensor:
+    """x − origin in float64, with zeros for the rows that x does not have."""
+    d = -origin.double()
+    d[: len(x)] += x
+    return d
 
 
 def pairs(update: ClientUpdate) -> Iterator[tuple[str, LowRank, LowRank]]:
@@ -196,8 +201,8 @@ def A_norm(update: ClientUpdate) -> float:
 
 def part_squares(update: ClientUpdate, part: str) -> float:
     """Σ over modules of ‖dA‖² or ‖dB‖², of one factor alone."""
-    place = 0 if part == "B" else 1
-    return sum(float(change(x, origin)[place].square().sum()) for _, x, origin in pairs(update))
+    both = ((x.B.T, origin.B.T) if part == "B" else (x.A, origin.A) for _, x, origin in pairs(update))
+    return sum(float(_moved(*pair).square_().sum()) for pair in both)
 
 
 def pieces(x: LowRank | Sparse, origin: LowRank | Sparse, rule: ClientRule = BOTH_FACTORS) -> list[LowRank]:
