@@ -128,3 +128,23 @@ def test_a_disk_that_refuses_leaves_the_last_one_whole(tmp_path: Path, monkeypat
         write_checkpoint(tmp_path, 2, example(), {})
     assert checkpoint_rounds(tmp_path) == [1]
     assert equal(read_checkpoint(checkpoint_folder(tmp_path, 1), example())[0], example())
+
+
+def test_tensors_that_share_memory_come_back_each_on_its_own(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(4, 3)
+    state = {
+        "whole": whole,
+        "again": whole,
+        "part": whole[1:3],
+        "turned": whole.T,
+        "none": whole[:0],
+        "void": whole[:0],
+    }
+    write_checkpoint(tmp_path, 1, state, {})
+    assert torch.equal(whole, torch.arange(12.0).view(4, 3))
+    back, _ = read_checkpoint(tmp_path / "round-0001", state)
+    assert list(back) == list(state)
+    for name, tensor in state.items():
+        assert torch.equal(back[name], tensor)
+    size = (tmp_path / "round-0001" / "state.safetensors").stat().st_size
+    assert size < 4 * (12 * 3 + 6) + 600, "of a part only the part is written"

@@ -75,6 +75,7 @@ def first_label(example: Tokens, train_on_inputs: bool) -> int:
 
 
 def label_tokens(example: Tokens, train_on_inputs: bool) -> int:
+    """Number of tokens of an example that are labels."""
     return len(example.input_ids) - first_label(example, train_on_inputs)
 
 
