@@ -1,4 +1,4 @@
-"""Attention in bfloat16 on a processor, against dense float64 arithmetic."""
+"""Attention in rows that sequences share, and in bfloat16 on a processor, against dense float64 arithmetic."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from flexlora import attention
@@ -48,19 +50,94 @@ def test_bfloat16_attention_and_its_gradients_are_those_of_float64(length: int, 
         assert float((x.grad.double() - t.grad).norm() / t.grad.norm()) < 0.01
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_sequences_of_one_row_see_the_beginning_and_themselves(dtype: torch.dtype) -> None:
-    draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
-    shapes = [(1, 4, 13, 16), (1, 2, 13, 16), (1, 2, 13, 16)]
-    q, k, v = [torch.randn(s, generator=draw).to(dtype) for s in shapes]
+def as_networks_have_them(
+    draw: torch.Generator, length: int, heads: tuple[int, int, int], size: int, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Queries, keys and values (1, heads, length, size), which lie in memory token by token."""
+    parts = [torch.randn(1, length, n, size, generator=draw).to(dtype) for n in heads]
+    return [x.transpose(1, 2).requires_grad_() for x in parts]
+
+
+def in_one_row(parts: list[Tensor], shared: Shared, **more: Any) -> Tensor:
+    q, k, v = parts
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
     with attention.sharing(shared):
-        y, _ = attention.attend(module, q, k, v, shared.mask(), scaling=0.25)
-    truth = dense(q.double(), k.double(), v.double(), shared.mask()[0, 0])
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    torch.testing.assert_close(y.double(), truth, atol=tolerance, rtol=tolerance)
-    alone, _ = attention.attend(module, q[:, :, :8], k[:, :, :8], v[:, :, :8], None, scaling=0.25)
-    assert torch.equal(alone, y[:, :8]), "the first of them is one sequence, and nothing stays shared"
+        return attention.attend(module, q, k, v, shared.mask(), scaling=q.shape[3] ** -0.5, **more)[0]
+
+
+def assert_shared_attention(parts: list[Tensor], shared: Shared, draw: torch.Generator, near: float) -> None:
+    """Output and gradients are those of dense float64 arithmetic within `near` of their norms."""
+    before = [x.detach().clone() for x in parts]
+    y = in_one_row(parts, shared)
+    truth_parts = [x.detach().double().requires_grad_() for x in parts]
+    truth = dense(truth_parts[0], truth_parts[1], truth_parts[2], shared.mask()[0, 0])
+    assert y.dtype == parts[0].dtype
+    weights = torch.randn(truth.shape, generator=draw).to(y.dtype)
+    found = [y, *torch.autograd.grad(y, parts, weights)]
+    expected = [truth, *torch.autograd.grad(truth, truth_parts, weights.double())]
+    for x, t in zip(found, expected, strict=True):
+        assert float((x.detach().double() - t.detach()).norm()) <= near * float(t.detach().norm())
+    assert all(torch.equal(x, b) for x, b in zip(parts, before, strict=True))
+
+
+@given(
+    beginning=st.integers(1, 40),
+    own=st.lists(st.integers(1, 40), min_size=1, max_size=5),
+    size=st.sampled_from([4, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_sequences_of_one_row_see_the_beginning_and_themselves(
+    beginning: int, own: list[int], size: int, seed: int
+) -> None:
+    draw, shared = torch.Generator().manual_seed(seed), Shared(beginning, tuple(own))
+    assert_shared_attention(as_networks_have_them(draw, beginning + sum(own), (4, 2, 2), size), shared, draw, 2e-6)
+
+
+@pytest.mark.parametrize("own", [(3, 1, 4), (attention.SHORT, 9)])
+def test_a_shared_row_in_bfloat16(own: tuple[int, ...]) -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, own)
+    parts = as_networks_have_them(draw, 5 + sum(own), (4, 2, 2), 16, torch.bfloat16)
+    assert_shared_attention(parts, shared, draw, 0.01)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_where_torch_has_no_such_kernel_or_attention_drops_the_mask_does_it(
+    dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
+    parts = as_networks_have_them(draw, 13, (4, 2, 2), 16)
+    ours, dropping = in_one_row(parts, shared), in_one_row(parts, shared, dropout=dropout)
+    monkeypatch.setattr(attention, "_KERNEL", False)
+    torch.testing.assert_close(in_one_row(parts, shared), ours, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(dropping, ours, atol=1e-5) == (not dropout)
+
+
+def test_a_shared_row_keeps_no_copy_for_a_sequence() -> None:
+    shared = Shared(6, (3, 1, 4, 2))
+    parts = as_networks_have_them(torch.Generator().manual_seed(0), 16, (4, 2, 2), 8)
+    kept: dict[int, Tensor] = {}
+
+    def note(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        y = in_one_row(parts, shared)
+    own = {x.untyped_storage().data_ptr() for x in (*parts, y)}
+    assert own <= set(kept), "nothing but what comes in, what goes out and a number for each head and token"
+    assert [x.numel() for key, x in kept.items() if key not in own] == [4 * 16]
+    assert y.is_contiguous()
+
+
+def test_nothing_stays_shared() -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
+    q, k, v = parts = as_networks_have_them(draw, 13, (4, 2, 2), 16)
+    in_one_row(parts, shared)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    y, _ = attention.attend(module, q, k, v, None, scaling=0.25)
+    seen = torch.ones(13, 13, dtype=torch.bool).tril()
+    truth = dense(q.double(), k.double(), v.double(), seen)
+    torch.testing.assert_close(y.double(), truth, atol=1e-5, rtol=1e-5)
 
 
 def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

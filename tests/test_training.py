@@ -262,6 +262,21 @@ def test_a_row_holds_no_more_than_two_lanes_on_a_processor(model: Model, monkeyp
     watch.remove()
 
 
+@pytest.mark.parametrize(("micro", "lane", "least", "most"), [(1, 10, 30, 33), (2, 10, 34, 66), (1, 60, 34, 60)])
+def test_a_row_holds_no_more_than_a_micro_batch_would_or_one_lane(
+    model: Model, monkeypatch: pytest.MonkeyPatch, micro: int, lane: int, least: int, most: int
+) -> None:
+    tokens: list[int] = []
+    watch = model.network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
+    monkeypatch.setattr("flexlora.training.LANE", lane)
+    training = replace(TRAINING, batch_size=7, micro_batch_size=micro, epochs=1, cutoff_len=512)
+    examples = with_beginning(20)
+    train_client(model, task_of(start_adapter(model), training), examples)
+    watch.remove()
+    assert max(len(x.input_ids) for x in examples) == 33
+    assert least <= max(tokens) <= most
+
+
 def test_windows_are_not_shared(model: Model) -> None:
     assert model.shares_rows
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": 8})

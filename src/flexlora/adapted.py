@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -49,6 +49,35 @@ class Scattered:
     """(k,) int64"""
 
 
+class Remade:
+    """How the input of adapted layers is made again on the way back rather than kept, of tensors that are kept anyway.
+
+    Layers that have it in common make it once: it is held until the last of them has had it.
+    """
+
+    def __init__(self, make: Callable[..., Tensor]) -> None:
+        self.make = make
+        self.users = 0
+        self._held: Tensor | None = None
+
+    def again(self, *of: Tensor) -> Tensor:
+        x = self.make(*of) if self._held is None else self._held
+        self.users -= 1
+        self._held = x if self.users > 0 else None
+        return x
+
+
+def remake(x: Tensor, make: Callable[..., Tensor], *of: Tensor) -> None:
+    """Have adapted layers whose input is x keep `of` instead; `make`, of the same without gradients, gives x to the last bit."""
+    marked: Any = x
+    marked.remade = (Remade(make), *(y.detach() for y in of))
+
+
+def remade(x: Tensor) -> tuple[Remade | None, *tuple[Tensor, ...]]:
+    """What `remake` said of x."""
+    return getattr(x, "remade", (None,))
+
+
 class FrozenLinear(nn.Linear):
     """x (..., d_in) -> (..., d_out) through a weight (d_out, d_in) that nothing trains."""
 
@@ -75,8 +104,7 @@ class AdaptedLinear(FrozenLinear):
     extra: Factors | None
     """Fixed low-rank term on top of the base weight (flora, fedex, florist)."""
 
-    def forward(self, input: Tensor, gated: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`gated`: g and u where `input` is silu(g) · u; they are kept for the way back instead."""
+    def forward(self, input: Tensor) -> Tensor:
         term = self.term
         if isinstance(term, Scattered):
             y = _SparseLinear.apply(input, self, term.values, term.index)
@@ -85,7 +113,8 @@ class AdaptedLinear(FrozenLinear):
         else:
             p = term.dropout if self.training else 0.0
             A, B = term.A.to(input.dtype), term.B.to(input.dtype)
-            y = _LowRankLinear.apply(input, dropped(input, p) if p else None, self, A, B, term.scaling / (1 - p), gated)
+            drop = dropped(input, p) if p else None
+            y = _LowRankLinear.apply(input, drop, self, A, B, term.scaling / (1 - p), *remade(input))
         if self.extra is not None:
             A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
             y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
@@ -128,7 +157,8 @@ class _LowRankLinear(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         s: float,
-        gated: tuple[Tensor, Tensor] | None,
+        made: Remade | None,
+        *of: Tensor,
     ) -> Tensor:
         h = mm(_kept(x, drop), A.T)  # (tokens, r)
         if x.dtype in HALF and (any(ctx.needs_input_grad) or len(h) > FEW):
@@ -137,14 +167,16 @@ class _LowRankLinear(torch.autograd.Function):
             y = _through(x, layer)
             y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
         # not z: several layers have their x in common
-        ctx.save_for_backward(drop, A, B, h, *((x,) if gated is None else (x.detach() for x in gated)))
-        ctx.layer, ctx.s = layer, s
+        ctx.save_for_backward(drop, A, B, h, *(of if made else (x,)))
+        ctx.layer, ctx.s, ctx.made = layer, s, made
+        if made and ctx.needs_input_grad[3]:
+            made.users += 1
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        drop, A, B, h, *made_of = ctx.saved_tensors
+        drop, A, B, h, *of = ctx.saved_tensors
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         g = grad.flatten(0, -2)  # (tokens, d_out)
         dh = mm(g, B)
@@ -157,11 +189,11 @@ class _LowRankLinear(torch.autograd.Function):
                 dx.add_(_without(mm(dh, A), drop), alpha=ctx.s)
             dx = dx.view(*grad.shape[:-1], A.shape[1])
         if need_A:
-            x = made_of[0] if len(made_of) == 1 else F.silu(made_of[0]).mul_(made_of[1])
+            x = ctx.made.again(*of) if ctx.made else of[0]
             dA = mm(dh.T, _kept(x, drop)).mul_(ctx.s)
         if need_B:
             dB = mm(g.T, h).mul_(ctx.s)
-        return dx, None, None, dA, dB, None, None
+        return dx, None, None, dA, dB, None, None, *(None for _ in of)
 
 
 def _rounded_once(x: Tensor, h: Tensor, layer: FrozenLinear, B: Tensor) -> Tensor:

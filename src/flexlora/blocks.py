@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from flexlora.adapted import AdaptedLinear
+from flexlora.adapted import remake
+from flexlora.products import empty
+
+
+def product(g: Tensor, u: Tensor) -> Tensor:
+    """silu(g) · u, where no gradient is recorded."""
+    return F.silu(g).mul_(u)
 
 
 class Gate(torch.autograd.Function):
@@ -18,13 +25,13 @@ class Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, g: Tensor, u: Tensor) -> Tensor:
         ctx.save_for_backward(g, u)
-        return F.silu(g).mul_(u)
+        return product(g, u)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         g, u = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * u, g), F.silu(g).mul_(grad)
+        return torch.ops.aten.silu_backward(grad * u, g), product(g, grad)
 
 
 class Gated(nn.Module):
@@ -37,18 +44,84 @@ class Gated(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         g, u = self.gate_proj(x), self.up_proj(x)
         y = Gate.apply(g, u)
-        return self.down_proj(y, (g, u)) if isinstance(self.down_proj, AdaptedLinear) else self.down_proj(y)
+        remake(y, product, g, u)
+        return self.down_proj(y)
+
+
+class RootMeanSquare(torch.autograd.Function):
+    """w x / √(mean(x²) + ε) over the last dimension, with a gradient for x alone; float32 on a processor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        y = empty(*x.shape)
+        scale = torch.mul(x, x, out=y).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return torch.mul(x, scale, out=y).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, scale, weight = ctx.saved_tensors
+        dx, along = torch.mul(grad, weight, out=empty(*x.shape)), empty(*x.shape)
+        share = torch.mul(dx, x, out=along).mean(-1, keepdim=True).mul_(scale**3)
+        return dx.mul_(scale).sub_(torch.mul(x, share, out=along)), None, None
+
+
+class Normed(nn.Module):
+    """What a norm of the LLaMA kind becomes: the same to the last bit, in memory that is used again (`products.empty`)."""
+
+    weight: nn.Parameter
+    variance_epsilon: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
+            return RootMeanSquare.apply(x, self.weight, self.variance_epsilon)
+        return super().forward(x)
 
 
 def use(network: nn.Module) -> None:
-    """Have blocks of the LLaMA kind, by whatever name, be `Gated`: those whose code and activation are the same."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
+    """Have feed-forward blocks of the LLaMA kind, by whatever name, be `Gated` and its norms `Normed`: those whose code is the
+    same. What a norm makes, of the stream that is kept anyway, is made twice.
+    """
+    from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-    known = LlamaMLP.forward.__code__
     classes: dict[type, type] = {}
-    for module in network.modules():
+
+    def become(module: nn.Module, new: type[nn.Module]) -> None:
         kind = type(module)
-        code = getattr(kind.forward, "__code__", None)
-        same = code is not None and (code.co_code, code.co_names) == (known.co_code, known.co_names)
-        if same and "silu" in type(module.act_fn).__name__.lower():
-            module.__class__ = classes.setdefault(kind, type(kind.__name__, (Gated, kind), {}))
+        module.__class__ = classes.setdefault(kind, type(kind.__name__, (new, kind), {}))
+
+    for module in network.modules():
+        if _same(module, LlamaMLP) and "silu" in type(module.act_fn).__name__.lower():
+            become(module, Gated)
+        elif _is_norm(module):
+            if _same(module, LlamaRMSNorm):
+                become(module, Normed)
+            module.register_forward_hook(_normed, with_kwargs=True)
+
+
+def _same(module: nn.Module, known: type[nn.Module]) -> bool:
+    codes = [getattr(kind.forward, "__code__", None) for kind in (type(module), known)]
+    ours, theirs = [code and (code.co_code, code.co_names, code.co_consts) for code in codes]
+    return ours == theirs
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm over the last dimension, which does the same every time and is not trained."""
+    weights = list(module.parameters())
+    return (
+        "norm" in type(module).__name__.lower()
+        and not list(module.children())
+        and not list(module.buffers())
+        and all(x.ndim == 1 and not x.requires_grad for x in weights)
+    )
+
+
+def _normed(norm: nn.Module, args: tuple[Any, ...], more: dict[str, Any], y: Any) -> None:
+    if torch.is_grad_enabled() and len(args) == 1 and not more and isinstance(y, Tensor):
+        remake(y, functools.partial(_norm, norm), *args)
+
+
+def _norm(norm: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return norm.forward(x)

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from flexlora.types import FlexLoraError
@@ -188,25 +188,23 @@ def write_checkpoint(checkpoints: Path, round: int, state: Any, progress: Mappin
     final = checkpoint_folder(checkpoints, round)
     temporary = checkpoints / f".round-{round:04d}.part"
     tree, tensors = flatten(state)
-    blob = save_tensors(tensors)
-    record = {
-        "format": FORMAT,
-        "round": round,
-        "sha256": hashlib.sha256(blob).hexdigest(),
-        "progress": progress,
-        "state": tree,
-    }
-    text = json.dumps({**record, "digest": _digest(record)})
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_durably(temporary / "state.safetensors", blob)
+        save_file(
+            tensors, temporary / "state.safetensors"
+        )  # from where they are: as bytes they would be there twice more
+        with (temporary / "state.safetensors").open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        record = {"format": FORMAT, "round": round, "sha256": digest, "progress": progress, "state": tree}
+        text = json.dumps({**record, "digest": _digest(record)})
         write_durably(temporary / "state.json", text.encode())
         sync_folder(temporary)
         replace_folder(temporary, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = error.strerror or str(error)
+        reason = getattr(error, "strerror", None) or str(error)
         raise FlexLoraError(
             f"{final}: cannot be written: {reason}; make room or writable, then go on with "
             f"`flexlora resume {checkpoints.parent}`"

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from flexlora.products import mm
 
-PIECE = 256
+PIECE = 128
 """Labels whose logits exist at once."""
 ROWS = 32
 """Labels that are worked on together: their logits stay in a processor's cache."""

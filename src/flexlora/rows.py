@@ -6,6 +6,8 @@ with the same tokens (a task's definition) may stand in ONE row instead, in whic
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -40,6 +42,11 @@ class Shared(NamedTuple):
     """Tokens, at least one."""
     own: tuple[int, ...]
     """Tokens of each sequence after the beginning, in the order of the row."""
+
+    def parts(self) -> list[slice]:
+        """Where each sequence's own tokens lie in the row."""
+        ends = list(itertools.accumulate(self.own, initial=self.beginning))
+        return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """(1, length): where each token stands in its own sequence."""
@@ -146,17 +153,22 @@ def common_beginning(examples: Sequence[Tokens], train_on_inputs: bool) -> int:
 
 
 def fill(examples: Sequence[Tokens], beginning: int, most: int) -> list[Sequence[Tokens]]:
-    """Cut examples, in their order, into rows of at most `most` tokens, or one example."""
-    rows: list[list[Tokens]] = []
-    room = 0
-    for x in examples:
-        own = len(x.input_ids) - beginning
-        if own > room:
-            rows.append([])
-            room = most - beginning
-        rows[-1].append(x)
-        room -= own
-    return list(rows)
+    """Cut examples, in their order, into as few rows of at most `most` tokens as can be, or of one example, of like lengths."""
+    sizes = [len(x.input_ids) - beginning for x in examples]
+
+    def cuts(most: int) -> list[int]:
+        """Where rows begin that hold as much as they can."""
+        found, room = [], 0
+        for i, own in enumerate(sizes):
+            if own > room:
+                found.append(i)
+                room = most - beginning
+            room -= own
+        return found
+
+    few = len(cuts(most))
+    least = bisect.bisect_left(range(most), True, key=lambda room: len(cuts(room)) <= few)
+    return [examples[a:b] for a, b in itertools.pairwise([*cuts(least), len(sizes)])]
 
 
 def halved(examples: Sequence[Tokens], *, least: int | None = None) -> list[Sequence[Tokens]]:

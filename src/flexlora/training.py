@@ -133,8 +133,8 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
     """Add the gradients of one batch, pass after pass; returns its loss.
 
     Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
-    row, and dropout's draw for the beginning; on a processor no more than two lanes hold. Otherwise micro_batch_size
-    examples of like lengths go together.
+    row, and dropout's draw for the beginning; on a processor no more than micro_batch_size examples of their own
+    would hold, or one lane, and no more than two lanes. Otherwise micro_batch_size examples of like lengths go together.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
     inputs, most = training.train_on_inputs, training.micro_batch_size
@@ -142,7 +142,8 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
     if beginning:
         room = most * training.cutoff_len
         if model.side_by_side:
-            room = min(room, max(training.cutoff_len, 2 * LANE))
+            asked_for = max(most * len(chosen[0].input_ids), LANE)
+            room = min(room, asked_for, max(training.cutoff_len, 2 * LANE))
         passes = [[part] for part in fill(chosen, beginning, room)]
     else:
         cuts = [chosen[a : a + most] for a in range(0, len(chosen), most)]
