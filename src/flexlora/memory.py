@@ -28,7 +28,7 @@ ADAPTER_COPIES = 3
 PROCESS = 420 * 2**20
 """Bytes of a Python process with torch and transformers in it, on the CPU, measured."""
 
-LOST = 0.4
+LOST = 0.3
 """What the way back and gaps between blocks of the heap add to the activations, measured (benchmarks/memory.py)."""
 
 
