@@ -181,6 +181,21 @@ def test_a_norm_in_half_precision_is_transformers_own() -> None:
     assert torch.equal(plain(x), lean(x))
 
 
+def test_what_is_changed_after_the_norm_is_kept_as_it_was_changed() -> None:
+    found: list[list[Tensor]] = []
+    for lean in (False, True):
+        torch.manual_seed(3)
+        made = Normed(LlamaRMSNorm(12), 0.0)
+        if lean:
+            blocks.use(made)
+        x = torch.randn(2, 5, 12)
+        h = made.norm(x)
+        h.mul_(3)
+        y = torch.cat([layer(h) for layer in made.layers], -1)
+        found.append(list(torch.autograd.grad(y.square().sum(), made.leaves)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_a_norm_that_is_trained_counts_or_drops_is_left_alone() -> None:
     trained, counting = LlamaRMSNorm(12), nn.BatchNorm1d(12).requires_grad_(False)
     plain = LlamaRMSNorm(12).requires_grad_(False)

@@ -68,14 +68,18 @@ class Remade:
 
 
 def remake(x: Tensor, make: Callable[..., Tensor], *of: Tensor) -> None:
-    """Have adapted layers whose input is x keep `of` instead; `make`, of the same without gradients, gives x to the last bit."""
-    marked: Any = x
-    marked.remade = (Remade(make), *(y.detach() for y in of))
+    """Have adapted layers whose input is x keep `of` instead, where gradients are recorded; `make`, of the same, gives x to the
+    last bit without them.
+    """
+    if torch.is_grad_enabled():
+        marked: Any = x
+        marked.remade = (x._version, Remade(make), *(y.detach() for y in of))
 
 
 def remade(x: Tensor) -> tuple[Remade | None, *tuple[Tensor, ...]]:
-    """What `remake` said of x."""
-    return getattr(x, "remade", (None,))
+    """What `remake` said of x, which has not been changed since."""
+    version, *made = getattr(x, "remade", (None, None))
+    return tuple(made) if version is not None and version == x._version else (None,)
 
 
 class FrozenLinear(nn.Linear):

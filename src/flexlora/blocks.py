@@ -118,7 +118,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _normed(norm: nn.Module, args: tuple[Any, ...], more: dict[str, Any], y: Any) -> None:
-    if torch.is_grad_enabled() and len(args) == 1 and not more and isinstance(y, Tensor):
+    if len(args) == 1 and not more and isinstance(y, Tensor):
         remake(y, functools.partial(_norm, norm), *args)
 
 

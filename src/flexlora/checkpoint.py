@@ -191,9 +191,8 @@ def write_checkpoint(checkpoints: Path, round: int, state: Any, progress: Mappin
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(
-            tensors, temporary / "state.safetensors"
-        )  # from where they are: as bytes they would be there twice more
+        # from where the tensors are: as bytes they would be there twice more
+        save_file(tensors, temporary / "state.safetensors")
         with (temporary / "state.safetensors").open("rb") as file:
             os.fsync(file.fileno())
             digest = hashlib.file_digest(file, "sha256").hexdigest()
