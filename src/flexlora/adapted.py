@@ -73,13 +73,13 @@ def remake(x: Tensor, make: Callable[..., Tensor], *of: Tensor) -> None:
     """
     if torch.is_grad_enabled():
         marked: Any = x
-        marked.remade = (x._version, Remade(make), *(y.detach() for y in of))
+        marked.remade = x._version, (Remade(make), *(y.detach() for y in of))
 
 
 def remade(x: Tensor) -> tuple[Remade | None, *tuple[Tensor, ...]]:
     """What `remake` said of x, which has not been changed since."""
-    version, *made = getattr(x, "remade", (None, None))
-    return tuple(made) if version is not None and version == x._version else (None,)
+    version, made = getattr(x, "remade", (None, (None,)))
+    return made if version is not None and version == x._version else (None,)
 
 
 class FrozenLinear(nn.Linear):
