@@ -88,7 +88,7 @@ def test_a_bare_block_and_one_without_gradients() -> None:
         assert torch.equal(lean(x), plain(x))
 
 
-class Normed(nn.Module):
+class Projections(nn.Module):
     """A norm whose output three adapted layers have in common, as attention has them."""
 
     def __init__(self, norm: nn.Module, dropout: float) -> None:
@@ -106,7 +106,7 @@ class Normed(nn.Module):
         return x + torch.cat([layer(h) for layer in self.layers], -1)[..., :12]
 
 
-def gradients(made: Normed, x: Tensor) -> tuple[list[Tensor], int]:
+def gradients(made: Projections, x: Tensor) -> tuple[list[Tensor], int]:
     """Output and gradients, and how many tensors of the norm's size were kept."""
     kept: dict[int, Tensor] = {}
 
@@ -129,7 +129,7 @@ def test_what_a_norm_makes_is_made_twice_rather_than_kept(make: Any, dropout: fl
     times: list[int] = []
     for lean in (False, True):
         torch.manual_seed(3)
-        made = Normed(make(), dropout)
+        made = Projections(make(), dropout)
         nn.init.uniform_(next(made.norm.parameters()))
         if lean:
             blocks.use(made)
@@ -185,7 +185,7 @@ def test_what_is_changed_after_the_norm_is_kept_as_it_was_changed() -> None:
     found: list[list[Tensor]] = []
     for lean in (False, True):
         torch.manual_seed(3)
-        made = Normed(LlamaRMSNorm(12), 0.0)
+        made = Projections(LlamaRMSNorm(12), 0.0)
         if lean:
             blocks.use(made)
         x = torch.randn(2, 5, 12)

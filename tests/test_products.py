@@ -1,5 +1,6 @@
 """Products: the same values whichever library multiplies."""
 
+import ctypes
 import os
 import platform
 import subprocess
@@ -145,3 +146,15 @@ def test_few_rows_in_bfloat16_give_the_same_product(rows: int) -> None:
     y = mm(x, w.T)
     assert y.is_contiguous()
     torch.testing.assert_close(y.double(), x.double() @ w.double().T, atol=0.15, rtol=0.008)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library")
+def test_what_was_freed_between_tensors_that_live_is_used_again() -> None:
+    """Half of them are freed, each between two that live: as many of the same size fit into their places."""
+    size = 29_989  # an odd one, below what is mapped by itself; nothing else in this process has it
+    alive = [products.empty(size) for _ in range(32)]
+    freed = {x.data_ptr() for x in alive[1::2]}
+    del alive[1::2]
+    again = [products.empty(size) for _ in freed]
+    assert {x.data_ptr() for x in again} <= freed
+    assert {(x.dtype, x.shape, x.device.type) for x in again} == {(torch.float32, (size,), "cpu")}

@@ -61,6 +61,7 @@ class Remade:
         self._held: Tensor | None = None
 
     def again(self, *of: Tensor) -> Tensor:
+        """What `make` gives of `of`, on the way back, once for each layer that has it."""
         x = self.make(*of) if self._held is None else self._held
         self.users -= 1
         self._held = x if self.users > 0 else None

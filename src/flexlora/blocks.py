@@ -15,7 +15,7 @@ from flexlora.products import empty
 
 
 def product(g: Tensor, u: Tensor) -> Tensor:
-    """silu(g) · u, where no gradient is recorded."""
+    """silu(g) · u of two tensors of one shape, where no gradient is recorded."""
     return F.silu(g).mul_(u)
 
 
@@ -49,7 +49,9 @@ class Gated(nn.Module):
 
 
 class RootMeanSquare(torch.autograd.Function):
-    """w x / √(mean(x²) + ε) over the last dimension, with a gradient for x alone; float32 on a processor."""
+    """w x / √(mean(x²) + ε) of x (..., d) and w (d,), the mean over d (RMSNorm, arXiv 1910.07467, equation 4), with a gradient for
+    x alone; float32 on a processor.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:

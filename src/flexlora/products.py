@@ -53,7 +53,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def empty(*shape: int) -> Tensor:
-    """A float32 tensor on the processor, of NumPy's memory.
+    """A float32 tensor of a shape on the processor, its entries not set, of NumPy's memory.
 
     Torch wants addresses that are multiples of 64, for which the C library (glibc before 2.38) asks for 96 bytes more than a
     freed tensor of that size has left behind: what torch frees while other tensors live stays empty. For NumPy it is
