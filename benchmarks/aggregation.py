@@ -186,6 +186,8 @@ def peft(r: Round, module: str) -> Callable[[], tuple[Tensor, float]]:
     names = [f"c{i}" for i in range(len(r.weights))]
 
     def work() -> tuple[Tensor, float]:
+        if "sum" in model.peft_config:  # of the repeat before: PEFT would leave it as it is
+            model.delete_adapter("sum")
         model.base_model.add_weighted_adapter(
             names, r.shares(), "sum", combination_type="svd", svd_rank=max(r.distinct(module))
         )
