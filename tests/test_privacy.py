@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from flexlora import guard, lowrank, privacy, sampling
+from flexlora import guard, lowrank, privacy, randomness, sampling
 from flexlora.card import model_card
 from flexlora.config import Config
 from flexlora.engine import run_rounds
@@ -153,6 +154,53 @@ def test_noise_has_its_deviation_and_an_empty_round_is_noise_alone(name: str) ->
     after = method.aggregate(state, [made])
     got = lowrank.delta(method.delta(after)["q"]).double()
     torch.testing.assert_close(got, lowrank.delta(made.adapter["q"]).double(), rtol=1e-4, atol=1e-5)  # pyright: ignore[reportArgumentType]
+
+
+def test_noise_needs_the_whole_secret() -> None:
+    """A torch generator takes 32 bits of a seed, which can be tried one by one."""
+    still, loud = torch.zeros(30, 40, dtype=torch.float64), mechanism()
+    secret = 2**255 + 12345
+    for other in (secret + 2**32, secret + 2**64, secret + 2**200, secret % 2**64):
+        a, b = privacy.gaussian(still, loud, secret, 1, "q"), privacy.gaussian(still, loud, other, 1, "q")
+        assert not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 16, 23])
+def test_secret_normals_are_made_in_blocks(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(randomness, "BLOCK", 8)
+    made = randomness.secret_normals(b"k" * 32, count)
+    assert made.shape == (count,)
+    assert made.dtype == torch.float64
+    assert made.isfinite().all()
+    assert len(made.unique()) == count
+    # the slow, obvious way: one pair of uniform numbers after the other
+    expected: list[float] = []
+    for start in range(0, count, 8):
+        pairs = (min(8, count - start) + 1) // 2
+        stream = hashlib.shake_256(b"k" * 32 + start.to_bytes(8, "big")).digest(16 * pairs)
+        u = [((int.from_bytes(stream[i : i + 8], "little") >> 11) + 1) / 2**53 for i in range(0, len(stream), 8)]
+        both = list(zip(u[:pairs], u[pairs:], strict=True))
+        expected += [math.sqrt(-2 * math.log(a)) * math.cos(2 * math.pi * b) for a, b in both]
+        expected += [math.sqrt(-2 * math.log(a)) * math.sin(2 * math.pi * b) for a, b in both]
+    assert made.tolist() == pytest.approx(expected[:count], rel=1e-12, abs=1e-12)
+
+
+def test_secret_normals_are_normal() -> None:
+    count = 400_001
+    made = randomness.secret_normals(b"k" * 32, count)
+    below = torch.arange(1, count + 1) / count
+    distance = float((torch.special.ndtr(made.sort().values) - below).abs().max())
+    assert distance < 1.95 / math.sqrt(count)  # Kolmogorov and Smirnov, one in a thousand
+    pairs = made[: 2 * (len(made) // 2)].reshape(2, -1)
+    assert abs(float((pairs[0] * pairs[1]).mean())) < 4 / math.sqrt(pairs.shape[1])
+    assert abs(float((made[1:] * made[:-1]).mean())) < 4 / math.sqrt(len(made))
+
+
+def test_a_delta_that_allows_to_publish_a_client_is_refused() -> None:
+    with pytest.raises(FlexLoraError, match=r"dp_delta: 0\.11 promises nothing among 10 clients; choose at most 0\.1"):
+        mechanism(clients=10, delta=0.11)
+    with pytest.raises(FlexLoraError, match="one client alone cannot hide"):
+        mechanism(clients=1)
 
 
 def test_the_noised_mean_is_what_the_method_makes_its_global_model() -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from flexlora import guard, lowrank
-from flexlora.randomness import generator
+from flexlora.randomness import key, secret_normals
 from flexlora.types import Adapter, ClientUpdate, FlexLoraError, LowRank, Sparse
 
 SUITED = {"ffa": "B", "flexlora": None, "flexlora-carry": None}
@@ -56,12 +56,22 @@ class Mechanism:
 def mechanism(
     method: str, *, noise: float, clip: float, rate: float, clients: int, delta: float | None = None
 ) -> Mechanism:
-    """The mechanism of a run; delta None: clients^-1.1. Raises FlexLoraError for a method that it does not suit."""
+    """The mechanism of a run; delta None: clients^-1.1.
+
+    Raises FlexLoraError for a method that it does not suit, and for a δ that would allow to publish one client whole.
+    """
     if method not in SUITED:
         raise FlexLoraError(
             f"dp_noise: method {method} has no differential privacy here; use one of {', '.join(SUITED)}, ffa first"
         )
-    return Mechanism(noise, clip, rate, clients, delta if delta is not None else clients**-1.1, SUITED[method])
+    chosen = clients**-1.1 if delta is None else delta
+    if clients < 2:
+        raise FlexLoraError("dp_noise: one client alone cannot hide; leave it out, or have more clients")
+    if chosen > 1 / clients:
+        raise FlexLoraError(
+            f"dp_delta: {chosen:.3g} promises nothing among {clients} clients; choose at most {1 / clients:.3g}"
+        )
+    return Mechanism(noise, clip, rate, clients, chosen, SUITED[method])
 
 
 def private_update(
@@ -125,8 +135,8 @@ def gaussian(mean: torch.Tensor, mechanism: Mechanism, seed: int, round: int, mo
     other answers (a site was away) it gets other noise, or the difference of the two would be free of it.
     """
     digest = hashlib.sha256(mean.contiguous().numpy().tobytes()).hexdigest()
-    g = generator(seed, "noise", round, module, digest)
-    return torch.randn(mean.shape, generator=g, dtype=torch.float64) * mechanism.deviation
+    noise = secret_normals(key(seed, "noise", round, module, digest), mean.numel())
+    return noise.view(mean.shape) * mechanism.deviation
 
 
 # --- what it costs -----------------------------------------------------------------------------------------------------
