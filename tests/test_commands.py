@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 
-from flexlora import ranks, tracking
+from flexlora import ranks, rundir, tracking
 from flexlora.cli import app, main
 from flexlora.config import Config
 from flexlora.data.tables import read_prompts
@@ -44,6 +45,13 @@ def run(folder: Path) -> Run:
     words = [part for name, value in keys.items() for part in (f"--{name}", str(value))]
     main(["run", *words, "--track", "tensorboard", "--quiet"])
     return open_run(folder / "runs" / "tracked")
+
+
+@pytest.fixture(scope="module")
+def several(folder: Path) -> Path:
+    """A folder with federations of 2 and of 4 clients."""
+    tiny_federation(folder / "S", 2, test=1)
+    return tiny_federation(folder / "S", 4, test=2)
 
 
 @pytest.fixture
@@ -168,6 +176,7 @@ def test_answers_from_a_file_are_those_of_single_prompts(
     said, _, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"), *most)
     assert code == 0
     assert "3 answers" in said
+    assert f"next: flexlora evaluate {target} --data" in said
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [(a["instruction"], a["input"]) for a in answers] == asked
     single = [command("generate", target, "--prompt", a, "--input", b, *most)[0].strip("\n") for a, b in asked]
@@ -185,6 +194,19 @@ def test_answers_from_a_file_are_those_of_single_prompts(
     _, said, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"))
     assert code == 2
     assert "exists already; choose another --out" in said
+
+
+def test_the_end_of_input_ends_the_questions(command: Command, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-D at the prompt, as the empty line."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stdin", Terminal("Say a word.\n"))
+    said, complaint, code = command("generate", str(run.folder), "--max_new_tokens", "2")
+    assert (complaint, code) == ("", 0)
+    assert said.count("> ") == 2
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:
@@ -257,6 +279,34 @@ def test_scores_as_json_are_those_of_the_predictions(command: Command, run: Run,
     assert scores["rougeL"] == pytest.approx(sum(line["rougeL"] for line in lines) / 3)
 
 
+def test_one_of_several_federations_is_scored(command: Command, run: Run, several: Path, tmp_path: Path) -> None:
+    words = ("evaluate", str(run.folder), "--data", str(several), "--split", "test", "--json", "--num_clients")
+    for clients, examples in (("2", 2), ("4", 8)):
+        said, _, _ = command(*words, clients, "--predictions", str(tmp_path / "p.jsonl"))
+        assert json.loads(said)["examples"] == examples
+
+
+def test_a_disk_that_refuses_at_the_end_is_one_line(
+    command: Command, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(rundir, "write_text", full)
+    (tmp_path / "q.txt").write_text("What?\n")
+    path = tmp_path / "x.out"
+    for option, words in (
+        ("predictions", ("evaluate", str(run.folder), "--data", str(run.config.data), "--examples", "1")),
+        ("out", ("generate", str(run.folder), "--file", str(tmp_path / "q.txt"), "--max_new_tokens", "2")),
+        ("out", ("inspect", str(run.folder))),
+    ):
+        _, complaint, code = command(*words, f"--{option}", str(path))
+        assert code == 2
+        assert complaint.endswith(
+            f"flexlora: {path}: cannot be written: No space left on device; choose another --{option}\n"
+        )
+
+
 def test_inspecting_data_draws_only_when_asked(
     command: Command, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,15 +332,36 @@ def test_inspecting_data_draws_only_when_asked(
         ("generate RUN --prompt x --file y", "file: --prompt is given too"),
         ("generate RUN --prompt x --out y", "out: goes with --file"),
         ("completion csh", "Choose from"),
+        ("evaluate no-model --data DATA --examples 0", "examples: 0 is none; give a whole number from 1"),
+        ("evaluate no-model --data DATA --examples -1", "examples: -1 is none; give a whole number from 1"),
+        ("flower init RUNS/F --sites 0", "sites: 0 is none; give a whole number from 1"),
+        ("flower init RUNS/F --port 70000", "port: 70000 is none; give a whole number from 1 to 65535"),
+        ("flower init RUNS/F --host föd.example", "host: 'föd.example' is neither a host name nor an address"),
+        ("evaluate no-model --data DATA --predictions no/p.jsonl", "no/p.jsonl: cannot be written: no is no folder"),
+        ("evaluate no-model --data DATA --predictions RUNS", "RUNS: cannot be written: is a folder; choose another"),
+        ("generate no-model --file QUESTIONS --out no/a.jsonl", "no/a.jsonl: cannot be written: no is no folder"),
+        ("inspect RUN --out no/e.yaml", "no/e.yaml: cannot be written: no is no folder"),
+        (
+            "evaluate no-model --data SEVERAL",
+            "SEVERAL: holds federations of 2, 4 clients: choose one with --num_clients",
+        ),
+        (f"flower init RUNS/F --host {'a' * 65}", "is neither a host name nor an address"),
     ],
 )
-def test_errors_are_one_line_that_names_the_next_step(command: Command, run: Run, words: str, line: str) -> None:
-    places = {"RUNS": str(run.folder.parent), "RUN": str(run.folder)}
-    given = [word.replace("RUNS", places["RUNS"]).replace("RUN", places["RUN"]) for word in words.split()]
-    said, complaint, code = command(*given)
+def test_errors_are_one_line_that_names_the_next_step(
+    command: Command, run: Run, several: Path, words: str, line: str, tmp_path: Path
+) -> None:
+    (tmp_path / "q.txt").write_text("What?\n")
+    places = {"RUNS": run.folder.parent, "RUN": run.folder, "DATA": run.config.data}
+    for name, place in (places | {"SEVERAL": several, "QUESTIONS": tmp_path / "q.txt"}).items():
+        place = str(place)
+        words, line = words.replace(name, place), line.replace(name, place)
+    before = sorted(run.folder.parent.iterdir())
+    said, complaint, code = command(*words.split())
     assert (said, code) == ("", 2)
-    assert line.replace("RUNS", places["RUNS"]) in complaint
+    assert line in complaint
     assert complaint.count("\n") == 1
+    assert sorted(run.folder.parent.iterdir()) == before
 
 
 # --- help and completion -----------------------------------------------------------------------------------------------

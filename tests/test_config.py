@@ -65,6 +65,14 @@ def test_lists_take_commas_and_several_values() -> None:
     assert make_config({"method_options": ["eta=0.5", "keep_rank=8"]}).method_options == {"eta": 0.5, "keep_rank": 8}
 
 
+def test_numbers_of_clients_may_be_numbers_in_yaml(tmp_path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("client_memory: {0: 2GB, default: 8GB}\n")
+    config = make_config(read_config(path))
+    assert config.client_memory == {"0": "2GB", "default": "8GB"}
+    assert make_config(config.dump()) == config
+
+
 def test_method_and_optimizer_follow() -> None:
     assert make_config({"ranks": "homo"}).method_name == "fedavg"
     assert make_config({"ranks": "normal"}).method_name == "flexlora"
@@ -91,6 +99,8 @@ def test_learning_rate_halves_once_after_round_15() -> None:
         ({"data": "a", "data_path": "b"}, "data_path is given twice"),
         ({"baseline": "adam"}, "baseline: input should be 'fedavg', 'fedit' or 'slora'"),
         ({"method_options": "eta"}, "method_options: write pairs as name=value"),
+        ({"method_options": "eta=["}, "method_options: the value of eta is no YAML; "),
+        ({"client_memory": ["0=2GB", "1={"]}, "client_memory: the value of 1 is no YAML; "),
     ],
 )
 def test_bad_values_are_one_line(values: dict, line: str) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flexlora.data.federation import open_federation
 from flexlora.data.inspection import label_skew
 from flexlora.data.partition import deal, parse_rule, partition
-from flexlora.data.tables import read_table
+from flexlora.data.tables import read_prompts, read_table
 from flexlora.data.writing import split
 from flexlora.prompts import Record
 from flexlora.types import FlexLoraError
@@ -158,6 +158,17 @@ def test_every_format_gives_the_same_records(tmp_path: Path, kind: str):
     assert [(r.instruction, r.input, r.output, r.category) for r in records] == [
         (row["instruction"], row["context"], row["response"], row["category"]) for row in rows
     ]
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\x85", "\x0c", "\x1c"])
+def test_only_line_ends_end_a_line(tmp_path: Path, sign: str):
+    """`str.splitlines` ends lines at these too; spreadsheets leave such cells unquoted."""
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "t.csv").write_bytes(f'instruction,output{end}one{sign}two,a{end}"x\n\ny",b{end}'.encode())
+        records, _ = read_table(tmp_path / "t.csv")
+        assert [(r.instruction, r.output) for r in records] == [(f"one{sign}two", "a"), ("x\n\ny", "b")]
+        (tmp_path / "t.txt").write_bytes(f"one{sign}two{end}{end}three".encode())
+        assert [r.instruction for r in read_prompts(tmp_path / "t.txt")] == [f"one{sign}two", "three"]
 
 
 def test_a_saved_data_set_is_loaded(tmp_path: Path):

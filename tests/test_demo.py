@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -50,3 +51,19 @@ def test_demo_tells_what_the_federation_brought(tmp_path: Path, monkeypatch: pyt
     assert f"next: flexlora generate {done.folder} --prompt" in said
     with pytest.raises(FlexLoraError, match="a run stands there already"):
         demo.demo(console, output_dir=tmp_path / "runs", name="d", seed=3, cache_dir=None, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        ({"seed": -1}, "seed: input should be greater than or equal to 0"),
+        ({"name": ".."}, "name: a name is one folder name"),
+        ({"name": "a/b"}, "name: a name is one folder name"),
+    ],
+)
+def test_bad_values_are_one_line_and_nothing_is_written(tmp_path: Path, keys: dict[str, Any], line: str) -> None:
+    given = {"output_dir": tmp_path / "runs", "name": None, "seed": 1, "cache_dir": None, "quiet": True} | keys
+    with pytest.raises(FlexLoraError, match=line) as caught:
+        demo.demo(Console(file=io.StringIO()), **given)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """The round loop with clients that add noise instead of training: what reaches whom, order, failure, resume, early stop."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +11,27 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexlora import lowrank, wire
+from flexlora import lowrank, modeling, ranks, wire
 from flexlora.checkpoint import checkpoint_rounds
+from flexlora.collection import RoundLog
 from flexlora.config import Config
-from flexlora.engine import run_rounds
+from flexlora.engine import restore_adapter, run_rounds
 from flexlora.methods import get_method
 from flexlora.randomness import generator
 from flexlora.rundir import Run, create_run, read_metrics
-from flexlora.standing import Setup, first_standing, last_standing
-from flexlora.types import ClientFailure, ClientInfo, ClientUpdate, FlexLoraError, LowRank, Ranks, TrainTask
+from flexlora.standing import Setup, Standing, first_standing, last_standing
+from flexlora.types import (
+    ClientFailure,
+    ClientInfo,
+    ClientRule,
+    ClientUpdate,
+    Download,
+    FlexLoraError,
+    LocalTraining,
+    LowRank,
+    Ranks,
+    TrainTask,
+)
 
 SHAPES = {"m.q_proj": (12, 10), "m.down_proj": (8, 14)}
 SMALL, MIXED, LARGE = (
@@ -230,6 +243,63 @@ def test_rounds_grown_later_equal_rounds_asked_for_at_once(tmp_path: Path) -> No
     assert timeless(at_once) == timeless(grown)
 
 
+class SavedLosses(ListedLosses):
+    """Saves the adapter as the real scorers do: its weights say of which round they are."""
+
+    def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
+        modeling.save_adapter(folder, adapter, base_model="m", about={"round": facts["round"]})
+
+
+def test_a_round_without_a_score_is_neither_better_nor_worse(tmp_path: Path) -> None:
+    unanswered: Any = None
+    losses = (unanswered, 5.0, 1.0, unanswered, 9.0, 9.0)
+    run = play(tmp_path, NoisyRunner(), setup_of(tmp_path, losses=losses, rounds=6))
+    assert [line["best_round"] for line in timeless(run)] == [1, 2, 3, 3, 3, 3]
+    assert checkpoint_rounds(run.checkpoints) == [3, 5, 6]
+    stopped = setup_of(tmp_path / "s", losses=losses, rounds=6, early_stop=True, patience=2)
+    assert [line["round"] for line in timeless(play(tmp_path / "s", NoisyRunner(), stopped))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_adapter_of_a_round_that_is_forgotten_gives_way_to_the_best_ones(tmp_path: Path) -> None:
+    def taken_up(at: int) -> tuple[Standing, Run]:
+        standing = last_standing(setup, run, lambda event, facts: None, at)
+        restore_adapter(setup, run, standing)
+        return standing, run
+
+    losses = (5.0, 4.0, 6.0, 7.0, 1.0, 8.0)
+    setup = replace(setup_of(tmp_path, losses=losses, rounds=6), scorer=SavedLosses(losses))
+    short = replace(setup_of(tmp_path / "short", losses=losses, rounds=4), scorer=SavedLosses(losses))
+    expected = play(tmp_path / "short", NoisyRunner(), short)
+    # Round 5 was the best and its adapter written when the process died; this time it is not played.
+    with pytest.raises(CrashError):
+        play(tmp_path, NoisyRunner(crash=(6, 0)), setup)
+    run = Run(tmp_path / "r")
+    assert run.adapter_round == 5
+    standing, _ = taken_up(4)
+    assert standing.best_round == 2
+    assert run.adapter_round == 2
+    same_files(expected.folder, run.folder, "adapter/*")
+    taken_up(0)
+    assert not run.adapter.exists()
+
+
+def test_no_checkpoint_is_ever_without_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = setup_of(tmp_path, rounds=4)
+    run = play(tmp_path, NoisyRunner(), setup)
+    held: list[tuple[list[int], int]] = []
+    remove = shutil.rmtree
+
+    def watched(path: Path, **more: Any) -> None:
+        held.append((checkpoint_rounds(run.checkpoints), len(run.metrics)))
+        remove(path, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", watched)
+    last_standing(setup, run, lambda event, facts: None, 3)
+    assert held
+    assert all(max(rounds) <= lines for rounds, lines in held)
+    assert checkpoint_rounds(run.checkpoints)[-1] == len(run.metrics) == 3
+
+
 def test_last_two_checkpoints_and_the_best_stay(tmp_path: Path) -> None:
     run = play(tmp_path, NoisyRunner(), setup_of(tmp_path, losses=(5.0, 1.0, 3.0, 3.0, 3.0, 3.0), rounds=6))
     assert checkpoint_rounds(run.checkpoints) == [2, 5, 6]
@@ -309,8 +379,8 @@ def test_energy_and_truncation_are_logged(tmp_path: Path) -> None:
             W[m] += u.weight / total * dense(u, m)
     squares = {m: torch.linalg.svdvals(w).square() for m, w in W.items()}
     whole = sum(float(s.sum()) for s in squares.values())
-    for label, ranks in (("2", SMALL), ("3+6", MIXED), ("8", LARGE)):
-        beyond = sum(float(squares[m][r:].sum()) for m, r in ranks.items()) / whole
+    for label, kind in (("2", SMALL), ("3+6", MIXED), ("8", LARGE)):
+        beyond = sum(float(squares[m][r:].sum()) for m, r in kind.items()) / whole
         assert run.metrics[0]["energy"][label] == pytest.approx(beyond, abs=1e-6)
         for client in run.metrics[1]["clients"]:
             if client["ranks"] == label:
@@ -327,6 +397,52 @@ def test_a_start_adapter_is_the_first_global_model(tmp_path: Path) -> None:
             torch.testing.assert_close(lowrank.delta(delta[m]), lowrank.delta(x), rtol=1e-4, atol=1e-4)
     with pytest.raises(FlexLoraError, match="init_adapter: method fedsa cannot start from"):
         first_standing(replace(setup_of(tmp_path, method="fedsa"), start=start))
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("flexlora-carry", {"momentum": 0.9}),
+        ("flexlora-carry", {"eta": 0.3}),
+        ("hetlora", {"handle_alpha": True, "prune_lambda": 0.0}),
+        ("raflora", {}),
+        ("rbla", {}),
+        ("rolora", {"increments": True}),
+    ],
+)
+def test_a_start_adapter_stays_in_a_round_that_changes_nothing(
+    tmp_path: Path, method: str, options: dict[str, Any]
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    start = {m: LowRank(torch.randn(a, 4, generator=g), torch.randn(4, b, generator=g)) for m, (a, b) in SHAPES.items()}
+    setup = replace(setup_of(tmp_path), method=get_method(method, **options), start=start)
+    state = first_standing(setup).state
+    for _ in range(2):
+        download = setup.method.distribute(state, LARGE)
+        assert download.rule.train[0] == ("A" if method == "rolora" and state.round else "B") or method != "rolora"
+        scaling = dict.fromkeys(SHAPES, 1.0)
+        state = setup.method.aggregate(
+            state, [ClientUpdate(0, 1.0, download.adapter, sent=download.adapter, scaling=scaling)]
+        )
+        for m, x in start.items():
+            got = lowrank.delta(setup.method.delta(state)[m])
+            torch.testing.assert_close(got, lowrank.delta(x), rtol=1e-4, atol=1e-4)
+
+
+def test_one_configuration_stands_for_each_label() -> None:
+    a, b, c = ({"q": 8, "k": 7, "v": 7}, {"q": 8, "k": 8, "v": 7}, {"q": 4, "k": 4, "v": 4})
+    assert ranks.labelled([b, c, a, a]) == {"4": c, "8+7": a}
+
+
+def test_truncation_is_that_of_the_clients_own_ranks(tmp_path: Path) -> None:
+    """Two configurations of one label: the figure stands only where it is the client's."""
+    table: dict[int, Ranks] = {**TABLE, 4: {"m.q_proj": 3, "m.down_proj": 6}, 3: {"m.q_proj": 3, "m.down_proj": 5}}
+    assert ranks.label(table[3]) != ranks.label(table[4])
+    log = RoundLog({"3+6": 0.25}, {"3+6": table[4]})
+    task = TrainTask(1, 0, table[4], Download({}, {}, ClientRule()), LocalTraining(), 0)
+    log.add(task, ClientFailure(0, "x"))
+    log.add(replace(task, ranks={"m.q_proj": 3, "m.down_proj": 6, "m.up_proj": 6}), ClientFailure(1, "x"))
+    assert [record.get("truncation") for record in log.records] == [0.5, None]
 
 
 def test_adapters_travel_in_bfloat16_when_asked(tmp_path: Path) -> None:

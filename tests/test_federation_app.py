@@ -1,5 +1,6 @@
 """A whole federation in this process: the app's two sides over a grid that hands messages straight to the sites."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from flwr.app import Message
 from safetensors.torch import load
 
 from flexlora import Config, client
+from flexlora.federate import serve
 from flexlora.rundir import read_metrics
+from flexlora.runners import flower
 from flexlora.runners.flower_folder import run_keys, write_folder
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
@@ -95,11 +98,26 @@ def test_fedsa_keeps_b_at_the_site_through_a_restart(tiny: tuple[Path, Path], tm
         for array in arrays.values():
             assert all(name.endswith(".A") for name in load(array.data))
     for site in range(4):
+        # What no checkpoint can go on from is gone at the site too; the last round's check comes with the next task.
+        stay = {path.name for path in (here.folder / "kept" / str(site)).iterdir()}
+        there = {path.name for path in (tmp_path / f"kept-{site}").rglob("round-*")}
+        assert stay <= there <= stay | {"round-0001.safetensors"}
         (kept,) = (tmp_path / f"kept-{site}").rglob("round-0003.safetensors")
         assert kept.read_bytes() == (here.folder / "kept" / str(site) / "round-0003.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "kept-2")
     other = town.serve(rounds=4)
     assert state_of(other, 4) != state_of(town.local(tiny, rounds=4, name="longer"), 4)
+
+
+def test_sites_keep_what_the_server_can_go_on_from_and_no_more(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, method="fedsa", rounds=7)
+    town.join(0, 1, keep=str(tmp_path / "kept"))
+    done = town.serve()
+    best = done.best_round
+    for site in "01":
+        (folder,) = (tmp_path / "kept").glob(f"*/{site}")
+        kept = {int(path.stem.removeprefix("round-")) for path in folder.iterdir()}
+        assert {5, 6, 7} <= kept <= {5, 6, 7, best, *(line["best_round"] for line in read_metrics(done.folder)[-2:])}
 
 
 def test_claims_are_capped_with_a_line(tiny: tuple[Path, Path], tmp_path: Path) -> None:
@@ -200,6 +218,160 @@ def test_a_site_says_less_and_gets_less(tiny: tuple[Path, Path], tmp_path: Path)
     done = town.serve(smaller)
     ranks = [[c["ranks"] for c in line["clients"]] for line in read_metrics(done.folder)]
     assert ranks == [["2", "8"], ["2", "4"]]
+
+
+def test_an_answer_that_flower_cannot_put_together_is_one_clients_failure(
+    tiny: tuple[Path, Path], tmp_path: Path
+) -> None:
+    town = Town(tiny, tmp_path, rounds=1)
+    town.join(0, 1, 2)
+
+    def broken(reply: Message) -> Message | Exception:
+        of_site_1 = reply.metadata.message_type == "train" and reply.metadata.src_node_id == 999
+        return ValueError("no JSON\nat all") if of_site_1 else reply
+
+    town.grid.instead = broken
+    (line,) = read_metrics(town.serve().folder)
+    assert [c["id"] for c in line["clients"]] == [0, 2]
+    assert [f["failed"] for f in line["failed"]] == ["rejected: its answer cannot be read (ValueError)"]
+
+
+def test_a_site_that_leaves_its_loss_out_stops_nothing(tiny: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
+    town = Town(tiny, tmp_path, rounds=1)
+    town.join(0, 1)
+
+    def silent_on_loss(reply: Message) -> Message:
+        facts: Any = reply.content["facts"]
+        said = json.loads(facts["json"])
+        if said.get("kind") == "update":
+            facts["json"] = json.dumps({**said, "metrics": {}})
+        return reply
+
+    town.grid.instead = silent_on_loss
+    grid: Any = town.grid
+    done = serve(grid, town.keys)
+    assert participants(done) == [[0, 1]]
+    assert "site 1 at rank 3: no loss" in capsys.readouterr().out
+
+
+def test_who_sits_keeps_the_seat(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=4)
+    town.join(0, 1)
+    real = dict(town.grid.nodes)
+
+    def intrudes(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 1:
+            town.grid.nodes[5] = dict(real[1000])
+        if event == "saved" and facts["round"] == 3:
+            del town.grid.nodes[1000]
+
+    done = town.serve(intrudes)
+    assert participants(done) == [[0, 1]] * 4
+    trained = [
+        (m.metadata.group_id, m.metadata.dst_node_id) for m in town.grid.sent if m.metadata.message_type == "train"
+    ]
+    assert sorted(trained) == [
+        ("1", 999),
+        ("1", 1000),
+        ("2", 999),
+        ("2", 1000),
+        ("3", 999),
+        ("3", 1000),
+        ("4", 5),
+        ("4", 999),
+    ]
+    assert town.notes.count("site 0 is connected twice; node 5 is left out: give it another partition-id") == 1
+
+
+def test_a_silent_site_is_waited_for_once(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
+    town = Town(tiny, tmp_path, rounds=3)
+    town.join(0, 1, 3)
+    late: list[Message] = []
+
+    def silent(reply: Message) -> Message | None:
+        if reply.metadata.message_type.startswith("query") and reply.metadata.src_node_id == 997:
+            late.append(reply)
+            return None
+        return reply
+
+    town.grid.instead = silent
+    waited: list[float] = []
+
+    def answers_after_round_2(event: str, facts: Any) -> None:
+        if event == "saved":
+            waited.append(now[0])
+            if facts["round"] == 2:
+                (name,) = (f"m{i}" for i, m in enumerate(town.grid.sent) if m.metadata.dst_node_id == 997)
+                town.grid.replies[name] = late[0]
+
+    done = town.serve(answers_after_round_2)
+    assert participants(done) == [[0, 1], [0, 1], [0, 1, 3]]
+    assert waited[0] >= flower.QUERY_TIMEOUT
+    assert waited[1] - waited[0] < 20
+    assert sum("has not said" in note for note in town.notes) == 1
+
+
+@pytest.mark.parametrize(("rank", "seats"), [(1, [[0, 3]] * 3), (8, [[0, 3], [0, 3], [0, 2, 3]])])
+def test_a_late_site_of_another_rank_does_not_end_a_run_of_equal_ranks(
+    tiny: tuple[Path, Path], tmp_path: Path, rank: int, seats: list[list[int]]
+) -> None:
+    town = Town(tiny, tmp_path, rounds=3, method="fedavg")
+    town.join(0, 3, rank=2)
+
+    def late(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 2:
+            town.join(2, rank=rank)
+
+    done = town.serve(late)
+    assert participants(done) == seats
+    assert {c["ranks"] for line in read_metrics(done.folder) for c in line["clients"]} == {"2"}
+    assert any("site 2 takes no part" in note for note in town.notes) == (rank == 1)
+    assert participants(town.serve(rounds=4))[3] == seats[-1]
+
+
+@pytest.mark.parametrize(("rank", "trained"), [(3, "2"), (9, "8"), (1, None)])
+@pytest.mark.parametrize(
+    "keys", [{"method": "raflora"}, {"method": "raflora", "baseline": "slora", "sparse_rounds": 2}]
+)
+def test_raflora_gives_a_late_site_a_rank_that_it_knows(
+    tiny: tuple[Path, Path], tmp_path: Path, keys: dict[str, Any], rank: int, trained: str | None
+) -> None:
+    town = Town(tiny, tmp_path, rounds=3, **keys)
+    town.join(0, 2)
+
+    def late(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 1:
+            town.join(3, rank=rank)
+
+    done = town.serve(late)
+    for line in read_metrics(done.folder)[1:]:
+        assert [c["ranks"] for c in line["clients"]] == ["2", "8", *([trained] if trained else [])]
+        assert not line["failed"]
+
+
+def test_noise_is_for_the_sites_that_there_are_whoever_is_connected(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    town = Town(tiny, tmp_path, rounds=2, method="ffa", dp_noise=1.0, lora_r=2, dp_delta=0.01)
+    town.join(0, rank=2)
+    with pytest.raises(FlexLoraError, match="num_clients: dp_noise needs the number of sites"):
+        town.serve()
+    assert not (tmp_path / "runs").exists()
+
+    def late(event: str, facts: Any) -> None:
+        if event == "saved":
+            town.join(1, 3, rank=2)
+
+    done = town.serve(late, num_clients=3)
+    first, second = read_metrics(done.folder)
+    assert [c["id"] for c in first["clients"]] == [0]
+    assert [c["id"] for c in second["clients"]] == [0, 1]
+    assert first["privacy"]["deviation"] == second["privacy"]["deviation"] == pytest.approx(1 / 3)
+    assert any("site 3: the noise is for the 3 sites 0 to 2" in note for note in town.notes)
 
 
 def test_sites_that_cannot_take_part_are_named(tiny: tuple[Path, Path], tmp_path: Path) -> None:

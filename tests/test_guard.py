@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexlora import guard, lowrank
-from flexlora.collection import examined
+from flexlora.collection import RoundLog, Spool, examined, moderated
 from flexlora.config import Config
 from flexlora.guard import Limits
 from flexlora.launch import mechanism_of, refuse_few
@@ -393,3 +394,28 @@ def test_options_that_do_not_go_with_privacy_are_refused() -> None:
         mechanism_of(Config(**keys, min_clients=2), 40)
     with pytest.raises(FlexLoraError, match="dp_noise: method slora"):
         mechanism_of(Config(**keys, baseline="slora"), 40)
+
+
+def test_who_is_clipped_under_robust_does_not_prune(tmp_path: Path) -> None:
+    """Clipping gives the directions back that the client dropped: its ranks stay as well."""
+    shapes = {"m.q_proj": (6, 5), "m.down_proj": (4, 7)}
+    sent = {m: factors(4, 1, a, b) for m, (a, b) in shapes.items()}
+    rule = ClientRule(prune=(1e-3, 0.75, 1))
+    download = Download(sent, {}, rule)
+    tasks = [TrainTask(1, i, dict.fromkeys(shapes, 4), download, LocalTraining(), 0) for i in range(3)]
+    updates: list[ClientUpdate] = []
+    for i, scale in enumerate((0.1, 0.1, 50.0)):
+        update = noisy_update(i, sent, seed=i, scale=scale)
+        cut = {m: LowRank(x.B[:, :3], x.A[:3]) for m, x in update.adapter.items() if isinstance(x, LowRank)}
+        updates.append(replace(update, adapter=cut, sent=sent))
+    log = RoundLog({}, {})
+    for task, update in zip(tasks, updates, strict=True):
+        log.add(task, update)
+    assert set(log.ranks) == {0, 1, 2}
+    done = list(moderated(iter(updates), log, rule, Spool(tmp_path / "held")))
+    ranks = [{len(x.A) for x in update.adapter.values() if isinstance(x, LowRank)} for update in done]
+    clipped = [i for i, record in enumerate(log.records) if record["clipped"] < 1]
+    assert 2 in clipped
+    assert all(ranks[i] == {4} for i in clipped)
+    assert set(log.ranks) == {0, 1, 2} - set(clipped)
+    assert [i for i, record in enumerate(log.records) if "new_ranks" not in record] == clipped

@@ -109,13 +109,24 @@ def test_hostile_tensors_are_a_line(name: str, tmp_path: Path) -> None:
 
 def test_factors_of_two_ranks_are_refused() -> None:
     tensors = {f"{m}.{p}": getattr(x, p).clone() for m, x in SENT.items() for p in "AB"}
-    tensors["m.q_proj.A"] = torch.ones(9, 5)  # assigned: 2 rows
-    assert "of ranks 2 and 9" in str(answered(GOOD._replace(adapter=save(tensors))))
+    tensors["m.q_proj.A"] = torch.ones(1, 5)  # assigned: 2 rows
+    assert "of ranks 2 and 1" in str(answered(GOOD._replace(adapter=save(tensors))))
 
 
-def test_half_precision_that_overflowed_is_refused() -> None:
-    tensors = {f"{m}.{p}": (getattr(x, p) * 1e5).half() for m, x in SENT.items() for p in "AB"}
-    assert "values that are not finite" in str(answered(GOOD._replace(adapter=save(tensors))))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.float8_e4m3fn])
+def test_types_that_do_not_travel_are_refused(dtype: torch.dtype) -> None:
+    tensors = {f"{m}.{p}": getattr(x, p).to(dtype) for m, x in SENT.items() for p in "AB"}
+    assert f"numbers of type {dtype}" in str(answered(GOOD._replace(adapter=save(tensors))))
+
+
+def test_more_numbers_than_were_sent_are_refused_before_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{m}.{p}": getattr(x, p).bfloat16() for m, x in SENT.items() for p in "AB"}
+    tensors["m.q_proj.A"] = torch.ones(2000, 5, dtype=torch.bfloat16)
+    grown: list[int] = []
+    widen = torch.Tensor.float
+    monkeypatch.setattr(torch.Tensor, "float", lambda x: grown.append(x.numel()) or widen(x))
+    assert "more numbers in m.q_proj" in str(answered(GOOD._replace(adapter=save(tensors))))
+    assert max(grown, default=0) <= 12
 
 
 def facts(**changes: Any) -> str:

@@ -194,6 +194,57 @@ def test_resume_epoch_goes_on_from_that_round(tiny, tmp_path: Path) -> None:
         run(config(tiny, tmp_path, rounds=3, eval_every=0, resume_epoch=9))
 
 
+def test_a_run_that_grew_and_was_cut_off_goes_on_to_its_new_end(tiny, tmp_path: Path, command) -> None:
+    run(config(tiny, tmp_path, rounds=1, eval_every=0))
+    folder = tmp_path / "r"
+
+    def cut_off(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        resume(folder, rounds=3, notify=cut_off)
+    assert len(Run(folder).metrics) == 2
+    code, _, _ = command("resume", str(folder))
+    assert code == 0
+    assert len(Run(folder).metrics) == 3
+    assert Run(folder).config.rounds == 3
+
+
+def test_a_run_that_stopped_early_goes_on_where_it_is_given_more_rounds(tiny, tmp_path: Path) -> None:
+    keys = {"early_stop": True, "patience": 1, "learning_rate": 1e-30, "lora_dropout": 0.0}
+    done = run(config(tiny, tmp_path, rounds=5, eval_every=0, **keys))
+    played = len(done.metrics)
+    assert played < 5
+    assert done.metrics[-1]["stopped"]
+    assert len(resume(done.folder).metrics) == played
+    assert len(resume(done.folder, rounds=6).metrics) > played
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"method": "fedsa"}, "init_adapter: method fedsa cannot start from an adapter"),
+        ({"baseline": "slora"}, "method slora before flexlora cannot start from it .*and --baseline fedit"),
+    ],
+)
+def test_a_start_that_the_method_cannot_take_leaves_no_run_behind(
+    finished: Run, tiny, tmp_path: Path, keys: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(FlexLoraError, match=words):
+        run(config(tiny, tmp_path, init_adapter=finished.adapter, **keys))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_taken_back_has_the_adapter_of_its_best_round(tiny, tmp_path: Path) -> None:
+    long = run(config(tiny, tmp_path / "long", rounds=3, eval_every=0))
+    short = run(config(tiny, tmp_path / "short", rounds=2, eval_every=0))
+    assert (long.best_round, short.best_round) == (3, 2)
+    back = run(config(tiny, tmp_path / "long", rounds=2, eval_every=0, resume_from=2))
+    assert content(back.folder, "adapter/*") == content(short.folder, "adapter/*")
+    assert back.config.rounds == 2
+
+
 def test_evaluate_gives_the_number_of_the_log(command, finished: Run, tiny, tmp_path: Path) -> None:
     best = finished.metrics[-1]
     assert finished.best_round == 3
@@ -406,3 +457,36 @@ def test_client_starts_from_the_best_approximation_with_mixed_alphas() -> None:
         U, S, Vt = torch.linalg.svd(W)
         best = U[:, :rank] @ torch.diag(S[:rank]) @ Vt[:rank]
         assert float((sent.B.double() @ sent.A.double() - best).norm()) <= 1e-5 * float(W.norm())
+
+
+def test_resume_epoch_without_a_name_takes_the_newest_run_of_these_settings(tiny, tmp_path: Path) -> None:
+    keys = {"name": None, "eval_every": 0, "method": "flexlora"}
+    for _ in range(2):
+        run(config(tiny, tmp_path, rounds=1, **keys))
+    grown = run(config(tiny, tmp_path, rounds=2, resume_epoch=1, **keys))
+    assert grown.folder == tmp_path / "flexlora-map-42-2"
+    assert len(grown.metrics) == 2
+    (tmp_path / "flexlora-map-42-10").mkdir()  # no run
+    assert sorted(p.name for p in tmp_path.iterdir() if (p / "config.yaml").exists()) == [
+        "flexlora-map-42", "flexlora-map-42-2"
+    ]  # fmt: skip
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FlexLoraError) as caught:
+            run(config(tiny, folder, resume_epoch=1, seed=7, **keys))
+        assert str(caught.value) == f"resume_from: no run of these settings is in {folder}; name it with --name"
+
+
+def test_options_win_over_a_file_that_uses_old_names(tiny, tmp_path: Path, command) -> None:
+    path = tmp_path / "old.yaml"
+    path.write_text(yaml.safe_dump({"data_path": "none", "global_model": str(tiny[0]), "num_communication_rounds": 9}))
+    words = ("--data", str(tiny[1]), "--rounds", "1", "--eval_every", "0", "--output_dir", str(tmp_path), "--name", "o")
+    code, _, complaint = command("run", str(path), *words, "--participation", "0.2", "--quiet")
+    assert (code, complaint) == (0, "")
+    done = Run(tmp_path / "o")
+    assert (done.config.data, done.config.model, len(done.metrics)) == (tiny[1], str(tiny[0]), 1)
+    path.write_text("data_path: a\ndata: b\n")
+    code, _, complaint = command("run", str(path), "--rounds", "1")
+    assert (code, complaint) == (
+        2,
+        f"flexlora: {path}: data is given twice (once under its old name): keep one of them\n",
+    )

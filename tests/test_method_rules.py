@@ -173,6 +173,21 @@ def test_carry_bounds_its_rank_and_says_what_it_drops(cohort: Cohort, keep: int)
 
 
 @EXAMPLES
+@given(cohorts(), st.integers(1, 4), st.sampled_from([0.3, 0.9]))
+def test_carry_cuts_the_momentum_only_after_it_has_moved(cohort: Cohort, keep: int, mu: float) -> None:
+    method = get_method("flexlora-carry", keep_rank=keep, momentum=mu)
+    M = np.zeros(cohort.shape)
+    for r in play(method, cohort):
+        W = delta(method, r.before)
+        sent = [oracle.best(W, c.rank) for c in r.clients]
+        M = mu * M + oracle.carry(np.zeros(cohort.shape), r.clients, sent, 1.0)
+        close(delta(method, r.after), oracle.best(W + M, keep), 1e-3)
+        M = oracle.best(M, keep)
+        assert method.figures is not None
+        assert method.figures(r.after) == {"dropped": pytest.approx(r.after.dropped[Q])}  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@EXAMPLES
 @given(cohorts(), st.booleans())
 def test_raflora_averages_each_partition_over_its_holders(cohort: Cohort, levels: bool) -> None:
     method = get_method("raflora")

@@ -144,6 +144,17 @@ def test_a_taken_name_is_an_error() -> None:
         ("slora", {"then": "ffa"}, "choose one of fedavg, flexlora, flexlora-carry, raflora, hetlora, rbla"),
         ("slora", {"then": "flexlora-carry", "beta": 1}, "'flexlora-carry' has no option 'beta'"),
         ("slora", {"sparse_rounds": 0}, "sparse_rounds is 0"),
+        ("slora", {"sparse_rounds": 2.5}, "sparse_rounds is 2.5, it must be a whole number"),
+        ("slora", {"then": "flexlora-carry", "eta": "x"}, "'flexlora-carry': eta is 'x', it must be a number"),
+        ("flexlora-carry", {"eta": "big"}, "eta is 'big', it must be a number"),
+        ("flexlora-carry", {"eta": float("nan")}, "eta is nan, it must be a number"),
+        ("flexlora-carry", {"momentum": True}, "momentum is True, it must be a number"),
+        ("flexlora-carry", {"keep_rank": 2.5}, "keep_rank is 2.5, it must be a whole number or null"),
+        ("hetlora", {"min_rank": 1.5}, "min_rank is 1.5, it must be a whole number"),
+        ("hetlora", {"handle_alpha": 1}, "handle_alpha is 1, it must be true or false"),
+        ("florist", {"threshold": "x"}, "threshold is 'x', it must be a number"),
+        ("ffa", {"increments": "maybe"}, "increments is 'maybe', it must be true or false"),
+        ("slora", {"then": 3}, "then is 3, it must be a word"),
     ],
 )
 def test_impossible_choices_are_one_line(name: str, options: dict[str, Any], line: str) -> None:

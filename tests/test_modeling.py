@@ -330,6 +330,15 @@ def test_dropping_draws_again_where_the_first_draw_ends_too_early(monkeypatch: p
     assert int(at.max()) < 400
 
 
+@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda" if not torch.cuda.is_available() else "cuda:99"])
+def test_a_device_that_cannot_be_used_is_a_line(folder: Path, device: str) -> None:
+    with pytest.raises(
+        FlexLoraError, match=f"device: '{device}' cannot be used here .*; choose cpu, cuda or auto"
+    ) as error:
+        load_model(str(folder), device=device)
+    assert "\n" not in str(error.value)
+
+
 def test_fingerprint_is_of_the_weights_not_of_folder_or_precision(folder: Path, model: Model, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     assert load_model(str(copy), targets=["q_proj"]).fingerprint == model.fingerprint

@@ -18,6 +18,7 @@ from flexlora import Config, run
 from flexlora.launch import silent
 from flexlora.rundir import Run, read_metrics
 from flexlora.runners.workers import worker_runner
+from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
 
 Notify = Callable[[str, Any], None]
@@ -169,3 +170,12 @@ def test_a_ray_cluster_is_joined_by_its_address_and_two_actors_share_a_gpu(
     done = played(tiny, tmp_path, notify, runner="ray", workers=2, ray_address=cluster, worker_gpus=0.5)
     same(done, expected)
     assert free == [0.0]
+    # Ray would wait for what it does not have without a word.
+    for keys, words in (
+        ({"workers": 2, "worker_gpus": 1.0}, r"worker_gpus: 2 workers need 2 GPUs and Ray has 1; lower --workers or"),
+        ({"workers": 3}, r"workers: 3 workers need 3 CPUs and Ray has 2; lower --workers, or have more machines"),
+    ):
+        with pytest.raises(FlexLoraError, match=words):
+            played(tiny, tmp_path / "refused", notify, runner="ray", ray_address=cluster, **keys)
+        assert not ray.is_initialized()
+        assert not (tmp_path / "refused").exists()

@@ -9,7 +9,7 @@ import torch
 
 from flexlora import Config, client, run, sampling
 from flexlora.data import federation
-from flexlora.types import ClientRule, Download, LowRank
+from flexlora.types import ClientRule, Download, LocalTraining, LowRank, TrainTask
 from tiny import tiny_federation, tiny_model
 
 CLIENTS = 1613
@@ -52,7 +52,8 @@ def test_1613_clients_at_five_percent(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_what_a_client_kept_follows_its_rank(tmp_path: Path, rank: int) -> None:
     site: Any = SimpleNamespace(kept=tmp_path)
     kept = LowRank(torch.arange(8.0).reshape(4, 2), torch.ones(2, 3))
-    client.keep(site, 7, 1, {"m": kept}, ("B",))
+    download = Download({"m": kept}, {}, ClientRule(keep=("B",)))
+    client.keep(site, TrainTask(1, 7, {"m": 2}, download, LocalTraining(), 0), {"m": kept})
     sent = LowRank(torch.full((4, rank), 9.0), torch.full((rank, 3), 5.0))
     mine = client.with_kept(site, 7, 2, Download({"m": sent}, {}, ClientRule(keep=("B",)))).adapter["m"]
     assert isinstance(mine, LowRank)

@@ -49,6 +49,16 @@ def test_a_file_names_its_runs(tmp_path: Path) -> None:
         ({"vary": {"method": ["rbla", "rbla"]}}, "two runs are called rbla"),
         ({"vary": {"method": ["rblla"]}}, "did you mean rbla?"),
         ({"vary": {"seed": ["one"]}}, "seed"),
+        (
+            {"vary": {"ranks": ["random", "hevy_tail"]}},
+            "some.yaml, hevy_tail: ranks: 'hevy_tail' is neither a file nor",
+        ),
+        (
+            {"vary": {"method": ["fedavg"]}, "ranks": "random"},
+            "some.yaml: nothing is left to play: fedavg: method fedavg",
+        ),
+        ({"vary": {"seed": [1]}, "rouns": 3}, "some.yaml: unknown key rouns: did you mean rounds?"),
+        ({"vary": {"seed": [1]}, "session_name": "../x"}, "some.yaml: name: a name is one folder name"),
     ],
 )
 def test_a_bad_file_is_one_line(tmp_path: Path, keys: dict[str, Any], line: str) -> None:
@@ -56,6 +66,22 @@ def test_a_bad_file_is_one_line(tmp_path: Path, keys: dict[str, Any], line: str)
         read_sweep(write(tmp_path, **keys))
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_old_names_mean_the_same_and_the_narrower_wins(tmp_path: Path) -> None:
+    old = {"label": "old", "num_communication_rounds": 9, "data_path": "e"}
+    path = write(tmp_path, session_name="known", rounds=7, vary={"run": [old, {"label": "new", "rounds": 8}]})
+    sweep = read_sweep(path, {"client_selection_frac": 0.5})
+    assert sweep.folder == tmp_path / "runs" / "known"
+    assert [(c.rounds, str(c.data), c.participation) for c in sweep.runs.values()] == [(9, "e", 0.5), (8, "d", 0.5)]
+    assert {str(c.data) for c in read_sweep(path, {"data_path": "o"}).runs.values()} == {"e", "o"}
+
+
+def test_ranks_auto_can_be_swept(tmp_path: Path) -> None:
+    axes = {"method": ["flexlora", "fedavg"], "ranks": ["auto", "homo"]}
+    sweep = read_sweep(write(tmp_path, client_memory={"default": "8GB"}, vary=axes))
+    assert list(sweep.runs) == ["flexlora-auto", "flexlora-homo", "fedavg-homo"]
+    assert [line.split(":")[0] for line in sweep.left_out] == ["fedavg-auto"]
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,17 @@ def test_rank_maps_are_told_apart(tmp_path: Path) -> None:
     assert [len(members) for members in grouped(runs).values()] == [2, 1]
 
 
+def test_rank_files_of_one_name_are_told_apart_and_a_file_may_be_called_map(tmp_path: Path) -> None:
+    one, two = ({"types": {"a": r}, "shares": {"a": 1.0}} for r in (4, 8))
+    kinds = ("a/x.yaml", "b/x.yaml", "a/x.yaml", "c/map.yaml", one, two, "d/y.yaml", "heavy_tail:release")
+    runs = [write_run(tmp_path / str(i), [2.0], seed=i, ranks=r) for i, r in enumerate(kinds)]
+    found = {name: [int(run.folder.name) for run in members] for name, members in grouped(runs).items()}
+    names = ("a/x.yaml", "b/x.yaml", "c/map.yaml", "map", "map 2", "y", "heavy_tail:release")
+    members = ([0, 2], [1], [3], [4], [5], [6], [7])
+    assert found == {f"flexlora {name} fedit": of for name, of in zip(names, members, strict=True)}
+    assert list(grouped(runs[3:4])) == ["flexlora map fedit"]
+
+
 def test_data_inside_the_run_folder_split_no_group(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / n, [2.0], data=tmp_path / n / "data", seed=i) for i, n in enumerate("ab")]
     assert len(grouped(runs)) == 1

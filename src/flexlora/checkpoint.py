@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,7 @@ def read_checkpoint(folder: Path, prototype: Any) -> tuple[Any, dict[str, Any]]:
 
 def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
     """Remove every checkpoint but those of the rounds in `keep`, and what an interrupted write left."""
-    for round in checkpoint_rounds(checkpoints):
+    for round in reversed(checkpoint_rounds(checkpoints)):
         if round not in keep:
             shutil.rmtree(checkpoint_folder(checkpoints, round))
     for left in checkpoints.glob(".round-*"):
@@ -244,9 +244,14 @@ def remove_kept(kept: Path, keep: set[int]) -> None:
     That is, for each round, a client's newest file up to it.
     """
     for folder in kept.iterdir() if kept.is_dir() else ():
-        files = {path.name: path for path in folder.glob("round-*.safetensors")}
-        names = sorted(files)
-        needed = {max((n for n in names if n <= f"round-{round:04d}.safetensors"), default="") for round in keep}
-        for name in names:
-            if name not in needed and name <= f"round-{max(keep):04d}.safetensors":
-                files[name].unlink()
+        thin_out(folder, keep)
+
+
+def thin_out(folder: Path, keep: Collection[int]) -> None:
+    """`remove_kept` for one client's folder."""
+    files = {path.name: path for path in folder.glob("round-*.safetensors")}
+    names = sorted(files)
+    needed = {max((n for n in names if n <= f"round-{round:04d}.safetensors"), default="") for round in keep}
+    for name in names:
+        if name not in needed and name <= f"round-{max(keep):04d}.safetensors":
+            files[name].unlink()

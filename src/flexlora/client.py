@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Protocol
 import torch
 
 from flexlora import evaluation, training, wire
+from flexlora.checkpoint import thin_out
 from flexlora.config import Config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
@@ -110,7 +110,7 @@ def work(site: Site, task: TrainTask, dtype: torch.dtype) -> Parcel:
         records = site.federation.train(task.client)
         examples = site.tokens.encode_all(records, template, site.model.tokenizer, task.training.cutoff_len)
         update = training.train_client(site.model, replace(task, download=download), examples)
-        keep(site, task.client, task.round, update.adapter, rule.keep)
+        keep(site, task, update.adapter)
     except FAILURES as error:
         return wire.pack_failure(ClientFailure(task.client, (site.says or one_line)(error)))
     metrics = {**update.metrics, "seconds": time.perf_counter() - begin}
@@ -202,17 +202,15 @@ def _resized(kept: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return now
 
 
-def keep(site: Site, client: int, round: int, adapter: Adapter, parts: tuple[str, ...]) -> None:
-    """Store the parts that stay at the client. Earlier files stay until no checkpoint needs them (`checkpoint.remove_kept`)."""
+def keep(site: Site, task: TrainTask, adapter: Adapter) -> None:
+    """Store the parts that stay at the client; earlier ones go when the server can go on from none of their rounds."""
+    parts = task.download.rule.keep
     if not parts:
         return
-    path = _kept_file(site, client, round)
+    path = _kept_file(site, task.client, task.round)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(wire.encode(adapter, parts))
     temporary.replace(path)
-
-
-def forget(site: Site) -> None:
-    """Remove everything that clients kept."""
-    shutil.rmtree(site.kept, ignore_errors=True)
+    if task.needed:
+        thin_out(path.parent, {*task.needed, task.round})

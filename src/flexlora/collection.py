@@ -184,7 +184,9 @@ class RoundLog:
     """What metrics.jsonl says of a round's clients, and what they change in the rank table."""
 
     energy: Mapping[str, float]
-    """Label of each distinct ranks -> share of ‖W‖² beyond them, of the W that was distributed."""
+    """Label of ranks -> share of ‖W‖² beyond the ranks that stand for it, of the W that was distributed."""
+    kinds: Mapping[str, Ranks]
+    """Label -> the ranks that stand for it."""
     records: list[dict[str, Any]] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     ranks: dict[int, Ranks] = field(default_factory=dict)
@@ -194,8 +196,8 @@ class RoundLog:
     def add(self, task: TrainTask, result: ClientUpdate | ClientFailure) -> None:
         label = ranks.label(task.ranks)
         record: dict[str, Any] = {"id": task.client, "ranks": label}
-        if label in self.energy:
-            # Relative error of what was sent: ‖W − P_r(W)‖ / ‖W‖.
+        if label in self.energy and task.ranks == self.kinds.get(label):
+            # Relative error of the best approximation at these ranks: ‖W − P_r(W)‖ / ‖W‖.
             record["truncation"] = max(0.0, self.energy[label]) ** 0.5
         if isinstance(result, ClientFailure):
             self.records.append({**record, "failed": result.reason})
@@ -222,7 +224,11 @@ class RoundLog:
         """Note the weight and the norm with which an update is aggregated."""
         self.norms[update.client] = min(self.norms[update.client], bound)
         record = next(r for r in self.records if r["id"] == update.client)
-        record |= {"weight": update.weight, "clipped": update.metrics.get("clipped", 1.0)}
+        share = update.metrics.get("clipped", 1.0)
+        record |= {"weight": update.weight, "clipped": share}
+        if share < 1:  # clipping gave the directions back that it had pruned
+            self.ranks.pop(update.client, None)
+            record.pop("new_ranks", None)
 
     def reasons(self) -> list[str]:
         return [f"client {r['id']}: {r['failed']}" for r in self.records if "failed" in r]

@@ -5,6 +5,7 @@ The names of the original FlexLoRA release are accepted as aliases. This file im
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +27,13 @@ DECAY_AFTER = 15
 def key(default: Any, group: str, *aliases: str, **limits: Any) -> Any:
     """One configuration key: its default, the group it stands under in --help, and its old names."""
     return Field(default, json_schema_extra={"group": group, "aliases": list(aliases)}, **limits)
+
+
+def _yaml_value(name: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"the value of {name} is no YAML; write a number, true, false or a word") from None
 
 
 def _aliases(info: Any) -> tuple[str, ...]:
@@ -172,25 +180,14 @@ class Config(BaseModel):
     name: str | None = key(None, "Running", "session_name")
     """Name of the run; null: method, ranks and seed."""
     resume_from: int | None = key(None, "Running", "resume_epoch", ge=0)
-    """Go on with the run of this name from its checkpoint of this round."""
+    """Go on with the run of this name from its checkpoint of this round; without a name, with the newest of these settings."""
 
     @model_validator(mode="before")
     @classmethod
     def _old_names(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             raise ValueError("a configuration is a map of keys to values")
-        known = alias_table()
-        new: dict[str, Any] = {}
-        for name, value in given.items():
-            target = known.get(str(name))
-            if target is None:
-                near = get_close_matches(str(name), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else "`flexlora run --help` lists the keys"
-                raise FlexLoraError(f"unknown key {name}: {hint}")
-            if target in new:
-                raise FlexLoraError(f"{name} is given twice (it is the old name of {target}): keep one of them")
-            new[target] = value
-        return new
+        return new_names(given)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -210,6 +207,8 @@ class Config(BaseModel):
     @field_validator("method_options", "client_memory", mode="before")
     @classmethod
     def _paired(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): v for k, v in value.items()}  # a client's number is no text in YAML
         if not isinstance(value, (str, list, tuple)):
             return {} if value is None else value
         pairs = [
@@ -217,7 +216,7 @@ class Config(BaseModel):
         ]
         if any("=" not in pair for pair in pairs):
             raise ValueError("write pairs as name=value")
-        return {k.strip(): yaml.safe_load(v) for k, v in (pair.split("=", 1) for pair in pairs)}
+        return {k.strip(): _yaml_value(k.strip(), v) for k, v in (pair.split("=", 1) for pair in pairs)}
 
     @field_validator("name")
     @classmethod
@@ -276,6 +275,27 @@ def alias_table() -> dict[str, str]:
         for spelling in (name, *_aliases(info)):
             table[spelling] = name
     return table
+
+
+def new_names(given: Mapping[str, Any], source: str = "") -> dict[str, Any]:
+    """The same map under the new names of its keys. Raises FlexLoraError for an unknown key and for one given twice.
+
+    Maps of which one wins over another are put under new names one by one, before they are merged.
+    """
+    where = f"{source}: " if source else ""
+    known = alias_table()
+    new: dict[str, Any] = {}
+    for name, value in given.items():
+        target = known.get(str(name))
+        if target is None:
+            near = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else "`flexlora run --help` lists the keys"
+            raise FlexLoraError(f"{where}unknown key {name}: {hint}")
+        if target in new:
+            old = f"it is the old name of {target}" if name != target else "once under its old name"
+            raise FlexLoraError(f"{where}{name} is given twice ({old}): keep one of them")
+        new[target] = value
+    return new
 
 
 def key_group(name: str) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from flexlora.config import Config
+from flexlora.config import make_config
 from flexlora.data.demo import write_demo
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
@@ -18,10 +19,9 @@ from flexlora.display import display
 from flexlora.evaluation import Scores
 from flexlora.launch import run as launch
 from flexlora.report import write_report
-from flexlora.rundir import Run, write_text
+from flexlora.rundir import Run, refuse_taken, write_text
 from flexlora.tables import demo_clients_table, demo_scores_table
 from flexlora.trained import Trained, open_trained, score
-from flexlora.types import FlexLoraError
 
 RANKS: dict[str, Any] = {
     "types": {
@@ -59,11 +59,14 @@ def demo(
 ) -> Run:
     """Write the federation, fine-tune, score the base and the federated model, and say what came out."""
     begin = time.perf_counter()
-    folder = _folder(output_dir, name)
-    data = folder / "data"
+    # Checked before anything is written.
+    config = make_config(SETTINGS | {"seed": seed, "output_dir": output_dir, "name": name, "cache_dir": cache_dir})
+    name = config.name or _free_name(output_dir)
+    folder, data = output_dir / name, output_dir / name / "data"
+    refuse_taken(folder)
     if not data.exists():
         write_demo(data, seed=seed)
-    config = Config(**SETTINGS, data=data, seed=seed, output_dir=folder.parent, name=folder.name, cache_dir=cache_dir)
+    config = config.model_copy(update={"name": name, "data": data})
     with display("quiet" if quiet else "auto", console) as notify:
         done = launch(config, notify)
     federation = open_federation(data, None)
@@ -108,15 +111,5 @@ def _scores(trained: Trained, records: Sequence[Record], known: Mapping[str, Any
     return Scores(**{key: value for key, value in known.items() if key != "loss_by_rank"}, predictions=[])
 
 
-def _folder(output_dir: Path, name: str | None) -> Path:
-    if name is not None:
-        folder = output_dir / name
-        if (folder / "config.yaml").exists():
-            raise FlexLoraError(
-                f"{folder}: a run stands there already; choose another --name, or `flexlora resume {folder}`"
-            )
-        return folder
-    number = 1
-    while (output_dir / f"demo-{number}").exists():
-        number += 1
-    return output_dir / f"demo-{number}"
+def _free_name(output_dir: Path) -> str:
+    return next(name for n in count(1) if not (output_dir / (name := f"demo-{n}")).exists())

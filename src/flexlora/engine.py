@@ -17,7 +17,16 @@ import torch
 from safetensors import SafetensorError
 
 from flexlora import guard, lowrank, privacy, ranks, rundir, sampling, wire
-from flexlora.checkpoint import remove_checkpoints, remove_kept, replace_folder, sync_files, write_checkpoint
+from flexlora.checkpoint import (
+    DamagedError,
+    checkpoint_folder,
+    read_checkpoint,
+    remove_checkpoints,
+    remove_kept,
+    replace_folder,
+    sync_files,
+    write_checkpoint,
+)
 from flexlora.collection import (
     Notify,
     RoundLog,
@@ -33,7 +42,7 @@ from flexlora.config import Config
 from flexlora.processor import give_back
 from flexlora.randomness import derive
 from flexlora.rundir import Run
-from flexlora.standing import Setup, Standing, energy_beyond
+from flexlora.standing import Setup, Standing, energy_beyond, last_standing, standing_of
 from flexlora.types import (
     Adapter,
     ClientFailure,
@@ -97,12 +106,14 @@ def finish_round(setup: Setup, runner: Runner, run: Run, standing: Standing, not
     with watch("eval"):
         adapter = global_adapter(method, standing.state, ranks.largest(standing.table.values()))
         line["validation"] = dict(validate(setup, runner, standing, adapter))
-        standing = judge_round(config, standing, line["validation"])
+        judged = judge_round(config, standing, line["validation"])
+        standing = replace(judged, best_before=standing.best_round)
         last = number == config.rounds or standing.stopped is not None
         due = config.eval_every > 0 and (last or number % config.eval_every == 0)
         line["eval"] = dict(evaluate(setup, standing, adapter)) if due else {}
     standing = replace(standing, energy=energy_beyond(method, standing.state, standing.table))
     line["energy"] = dict(standing.energy)
+    line |= method.figures(standing.state) if method.figures else {}
     line["best_round"] = standing.best_round
     line["stopped"] = standing.stopped
     if setup.mechanism:
@@ -126,7 +137,7 @@ def play_round(
     """One round without its scores: the new standing and the beginning of its line in metrics.jsonl."""
     config, number = setup.config, standing.round + 1
     secret = rundir.secret(run.folder) if setup.mechanism else 0
-    log = RoundLog({})
+    log = RoundLog({}, {})
     for attempt in range(ATTEMPTS):
         present = sorted(set(standing.table) & set(runner.clients()))
         if setup.mechanism:
@@ -145,11 +156,12 @@ def play_round(
                     config.local_training(number, setup.template),
                     derive(config.seed, "train", number, client),
                     setup.base,
+                    tuple(sorted(standing.needed_rounds)),
                 )
                 for client, download in downloads(setup, standing, clients)
             ]
         notify("round", {"round": number, "rounds": config.rounds, "clients": clients, "attempt": attempt})
-        log = RoundLog(standing.energy)
+        log = RoundLog(standing.energy, ranks.labelled(standing.table.values()))
         results = examined(timed(runner.train(number, tasks), watch, "train"), tasks, standing.norms, limits_of(config))
         updates = accept(in_client_order(results, tasks, Spool(run.folder / ".early")), tasks, log, notify)
         with watch("aggregate"):
@@ -266,28 +278,58 @@ def validate(setup: Setup, runner: Runner, standing: Standing, adapter: Adapter)
 
 
 def evaluate(setup: Setup, standing: Standing, adapter: Adapter) -> Mapping[str, Any]:
-    """Scores on the held-out examples, and the loss at each distinct rank."""
+    """Scores on the held-out examples, and the loss at the ranks that stand for each label."""
     if setup.method.personal:
         return {}
     by_rank = {
-        ranks.label(r): {m: lowrank.truncate(x, r[m]) for m, x in adapter.items() if isinstance(x, LowRank) and m in r}
-        for r in ranks.distinct(standing.table.values())
+        label: {m: lowrank.truncate(x, r[m]) for m, x in adapter.items() if isinstance(x, LowRank) and m in r}
+        for label, r in ranks.labelled(standing.table.values()).items()
     }
     return setup.scorer.evaluate(adapter, by_rank)
 
 
 def judge_round(config: Config, standing: Standing, validation: Mapping[str, Any]) -> Standing:
-    """The standing with the best round and the early stop brought up to date; without validation the last round is the best."""
-    loss = validation.get("loss")
+    """The standing with the best round and the early stop brought up to date.
+
+    A round without a score is neither better nor worse than the best one; where no round has any, the last one is the best.
+    """
+    loss, best = validation.get("loss"), standing.best_loss
     # With differential privacy nothing may be chosen by a loss on the clients' data: that would cost epsilon too.
-    if loss is None or standing.best_round is None or config.dp_noise:
+    if standing.best_round is None or best is None or config.dp_noise:
         return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)
-    if standing.best_loss is None or not math.isfinite(standing.best_loss) or loss < standing.best_loss:
+    if loss is None:  # no site answered: nothing is known of this round
+        return standing
+    if not math.isfinite(best) or loss < best:
         return replace(standing, best_round=standing.round, best_loss=loss, stale_rounds=0)
     stale = standing.stale_rounds + 1
     stop = config.early_stop and stale >= config.patience
     reason = f"validation loss has not improved for {stale} rounds" if stop else None
     return replace(standing, stale_rounds=stale, stopped=reason)
+
+
+def taken_up(setup: Setup, run: Run, notify: Notify, at: int | None = None) -> Standing:
+    """Where the run stands (`last_standing`), with `adapter/` of its best round; given more rounds, one that stopped early goes on."""
+    standing = last_standing(setup, run, notify, at)
+    restore_adapter(setup, run, standing)
+    if standing.stopped and setup.config.rounds > run.config.rounds:
+        return replace(standing, stopped=None, stale_rounds=0)
+    return standing
+
+
+def restore_adapter(setup: Setup, run: Run, standing: Standing) -> None:
+    """Have `adapter/` be that of the best round again, where a round that is forgotten now left its own there."""
+    best = standing.best_round
+    if best is None:
+        shutil.rmtree(run.adapter, ignore_errors=True)
+    elif not setup.method.personal and run.adapter_round != best:
+        if best != standing.round:
+            try:
+                standing = standing_of(best, *read_checkpoint(checkpoint_folder(run.checkpoints, best), standing.state))
+            except DamagedError:
+                return  # nothing to make it from
+        adapter = global_adapter(setup.method, standing.state, ranks.largest(standing.table.values()))
+        line = next((line for line in run.metrics if line["round"] == best), {"round": best})
+        save_adapter(setup, run, adapter, line)
 
 
 def save_adapter(setup: Setup, run: Run, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:

@@ -247,7 +247,7 @@ def score(
 
     Args:
         records: at least one.
-        cutoff_len: tokens of prompt and answer at most; a longer prompt loses its beginning.
+        cutoff_len: tokens of prompt and answer at most; a longer prompt loses its middle.
         max_new_tokens: length of a generated answer at most.
         progress: called with the number of records whose answer is done, and of all.
     """

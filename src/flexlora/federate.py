@@ -14,14 +14,14 @@ from flexlora.card import model_card
 from flexlora.client import load
 from flexlora.collection import Notify
 from flexlora.config import Config, make_config
-from flexlora.engine import run_rounds
+from flexlora.engine import run_rounds, taken_up
 from flexlora.launch import mechanism_of, method_of, template_name
 from flexlora.modeling import load_adapter, save_adapter
 from flexlora.prompts import load_template
 from flexlora.ranks import RankPlan
-from flexlora.rundir import Run, create_run, environment, exclusive, open_run
+from flexlora.rundir import Run, create_run, environment, exclusive, open_run, with_rounds
 from flexlora.runners.flower import FlowerRunner, NewSitesError
-from flexlora.standing import Setup, last_standing, refuse_changes
+from flexlora.standing import Setup, refuse_changes
 from flexlora.types import Adapter, ClientInfo, FlexLoraError, LowRank, Ranks, Shapes
 
 BYTES_A_PARAMETER = 16
@@ -35,6 +35,11 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
     if config.name is None:
         raise FlexLoraError(
             "name: a federation's run needs one, by which it is found again: add name=… to the run config"
+        )
+    if config.dp_noise and config.num_clients is None:
+        raise FlexLoraError(
+            "num_clients: dp_noise needs the number of sites, whoever is connected; add num_clients=N to the run config, "
+            "and number the sites from 0 to N - 1"
         )
     if config.prompt_template.endswith(".json"):
         raise FlexLoraError("prompt_template: the sites do not have that file; choose a built-in template")
@@ -58,27 +63,50 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         infos = runner.infos()
         table = {number: ranks_of(config, plan, shapes, number, info) for number, info in infos.items()}
         scorer = Scoreless(config, template, table)
-        mechanism = mechanism_of(config, len(table))
+        mechanism = mechanism_of(config, config.num_clients or len(table))
         setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism)
         # Before a checkpoint is read: the state of another method would look damaged.
         refuse_changes(setup, {"config": run.config.dump()}, run)
         notify("start", {"folder": folder, "clients": len(table), "rounds": config.rounds})
+        told: set[int] = set()
         while True:
-            standing = last_standing(setup, run, notify)
-            # A site that says less than before gets less; one that is new gets what it says.
-            table = dict(standing.table)
-            for number, info in infos.items():
-                stated = ranks_of(config, plan, shapes, number, info)
-                old = table.get(number, stated)
-                table[number] = {module: min(rank, old.get(module, rank)) for module, rank in stated.items()}
-            if method.equal_ranks and len(ranks.distinct(table.values())) > 1:
+            standing = taken_up(setup, run, notify)
+            run = with_rounds(run, config.rounds)
+            stated = {number: ranks_of(config, plan, shapes, number, info) for number, info in infos.items()}
+            if method.equal_ranks and len(ranks.distinct(standing.table.values())) > 1:
                 raise FlexLoraError(f"method {config.method_name} needs equal ranks, and the sites say different ones")
+            table = agreed(standing.table, stated, fixed=method.equal_ranks or method.fixed_ranks)
+            for number in sorted(set(stated) - set(table) - told):
+                told.add(number)
+                text = f"method {config.method_name} has no ranks as small as those that it states"
+                notify("note", {"text": f"site {number} takes no part: {text}"})
             scorer.table = table
             runner.admit(infos)
             try:
                 return run_rounds(replace(setup, table=table), runner, run, replace(standing, table=table), notify)
             except NewSitesError:
                 infos = {**infos, **runner.infos()}
+
+
+def agreed(table: Mapping[int, Ranks], stated: Mapping[int, Ranks], *, fixed: bool) -> dict[int, Ranks]:
+    """Site -> ranks: those of `table`, less where a site states less now; of one that is new what it states.
+
+    Where the method's ranks are `fixed`, the largest of the table's that a site can hold; one that can hold none is left out.
+    """
+    new = dict(table)
+    kinds = ranks.distinct(table.values())
+    for number, said in stated.items():
+        most = table.get(number, said)
+        wanted = {module: min(rank, most.get(module, rank)) for module, rank in said.items()}
+        if not fixed:
+            new[number] = wanted
+            continue
+        held = [kind for kind in kinds if all(rank <= wanted.get(module, 0) for module, rank in kind.items())]
+        if held:
+            new[number] = held[-1]
+        else:
+            new.pop(number, None)
+    return new
 
 
 def ranks_of(config: Config, plan: RankPlan, shapes: Shapes, client: int, info: ClientInfo) -> Ranks:
@@ -117,6 +145,12 @@ class Scoreless:
             kind=config.lora_scaling,
             alpha=config.lora_alpha,
             readme=model_card(config, about, facts),
+            about={
+                "round": facts["round"],
+                "cutoff_len": config.cutoff_len,
+                "max_new_tokens": config.max_new_tokens,
+            },
+            template=load_template(self.template),
         )
 
 
@@ -129,7 +163,9 @@ def printed(event: str, facts: Mapping[str, Any]) -> None:
         line = f"run folder {facts['folder']}, {facts['clients']} sites, {facts['rounds']} rounds"
     elif event == "client":
         record = facts["record"]
-        said = record.get("failed") or f"loss {record['loss']:.4f}, {record['bytes_up']} bytes up"
+        # A site need not say its loss, and what it says may have been no number.
+        loss = "no loss" if record.get("loss") is None else f"loss {record['loss']:.4f}"
+        said = record.get("failed") or f"{loss}, {record['bytes_up']} bytes up"
         line = f"round {facts['round']}: site {facts['client']} at rank {record['ranks']}: {said}"
     elif event == "saved":
         loss = facts["line"]["validation"].get("loss")

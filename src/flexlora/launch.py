@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from flexlora.client import Site, load
 from flexlora.collection import Notify
 from flexlora.config import Config
 from flexlora.data.federation import Federation, open_federation, spread
-from flexlora.engine import Runner, run_rounds
+from flexlora.engine import Runner, run_rounds, taken_up
 from flexlora.memory import Workload, affordable, read_bytes, type_memories
 from flexlora.methods import get_method, method_entry
 from flexlora.modeling import Model, empty_model, load_adapter
-from flexlora.prompts import Template, TokenCache, load_template
+from flexlora.prompts import Template, TokenCache, end_of_turn, load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import (
     Run,
@@ -32,11 +33,12 @@ from flexlora.rundir import (
     refuse_taken,
     resumable,
     stoppable,
+    with_rounds,
     write_text,
 )
 from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.scorer import ModelScorer
-from flexlora.standing import Setup, last_standing
+from flexlora.standing import Setup, first_standing
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
 
 NOT_ROBUST = {
@@ -110,7 +112,8 @@ def play(session: Session, run: Run, at: int | None, notify: Notify, base: Mappi
     """Score the base model if that was not done, then the rounds that are left."""
     setup, scorer = session.setup, session.scorer
     with resumable(run.folder):
-        standing = last_standing(setup, run, notify, at)
+        standing = taken_up(setup, run, notify, at)
+        run = with_rounds(run, setup.config.rounds)
         notify("start", {**session.facts, "folder": run.folder, "round": standing.round, "rounds": setup.config.rounds})
         if not run.base:
             scores = {"validation": scorer.validate({}), "eval": {}}
@@ -123,11 +126,22 @@ def play(session: Session, run: Run, at: int | None, notify: Notify, base: Mappi
 
 
 def run_folder(config: Config) -> Path:
-    """`{output_dir}/{name}`; without a name one of method, ranks and seed, numbered where it is taken."""
+    """`{output_dir}/{name}`; without a name one of method, ranks and seed, numbered where it is taken.
+
+    To go on from a round without a name: the run of the highest number. Raises FlexLoraError where there is none.
+    """
     if config.name is not None:
         return config.output_dir / config.name
     kind = config.ranks if isinstance(config.ranks, str) else "map"
     stem = f"{config.method_name}-{Path(kind).stem.replace(':', '-')}-{config.seed}"
+    if config.resume_from is not None:
+        runs = [path.parent.name for path in config.output_dir.glob("*/config.yaml")]
+        numbered = {
+            int(m[1] or 1): m[0] for m in (re.fullmatch(re.escape(stem) + r"(?:-(\d+))?", n) for n in runs) if m
+        }
+        if not numbered:
+            raise FlexLoraError(f"resume_from: no run of these settings is in {config.output_dir}; name it with --name")
+        return config.output_dir / numbered[max(numbered)]
     folder = config.output_dir / stem
     number = 2
     while folder.exists():
@@ -321,6 +335,10 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     scorer = ModelScorer(model, config, template, validation, held_out, lambda line: model_card(config, facts, line))
     start = load_adapter(config.init_adapter, model.shapes) if config.init_adapter else None
     setup = Setup(config, method, model.shapes, table, name, scorer, federation, start, model.fingerprint, mechanism)
+    # What the template or the method cannot do is said before anything is written.
+    end_of_turn(template, model.tokenizer)
+    if start is not None:
+        first_standing(setup)
     site = Site(
         model,
         federation,

@@ -10,7 +10,7 @@ Which way a decomposition goes, and what was measured to decide it, stands in do
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -362,14 +362,6 @@ def norm(x: Matrix) -> Tensor:
     if isinstance(x, Decomposed):
         return torch.tensor(x.norm, dtype=torch.float64)
     return (gram(x.B.double().T) * gram(x.A.double())).sum().clamp(min=0).sqrt()
-
-
-def inner(xs: Iterable[LowRank], ys: Iterable[LowRank]) -> float:
-    """Σ over modules of the Frobenius inner product ⟨B A, B' A'⟩ by the trace identity."""
-    total = 0.0
-    for x, y in zip(xs, ys, strict=True):
-        total += float((mm(x.B.double().T, y.B.double()) * mm(x.A.double(), y.A.double().T)).sum())
-    return total
 
 
 def energy_beyond(x: Matrix, ranks: Sequence[int]) -> list[float]:

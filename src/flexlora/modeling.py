@@ -10,7 +10,9 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from flexlora import attention, blocks, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
+from flexlora.prompts import Template, load_template, templates
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -40,8 +43,16 @@ def scaling(alpha: float, rank: int, kind: Scaling) -> float:
 class Model:
     """A causal language model whose target layers can carry any client's adapter."""
 
-    def __init__(self, network: Any, tokenizer: Any, *, name: str, targets: Sequence[str] = SEVEN_PROJECTIONS) -> None:
-        """Adapts the target layers of `network` in place. Raises FlexLoraError where a target does not exist."""
+    def __init__(
+        self,
+        network: Any,
+        tokenizer: Any,
+        *,
+        name: str,
+        targets: Sequence[str] = SEVEN_PROJECTIONS,
+        strict: bool = True,
+    ) -> None:
+        """Adapts the target layers of `network` in place. Raises FlexLoraError where it is `strict` and a target does not exist."""
         self.network = network
         self.tokenizer = tokenizer
         self.name = name
@@ -49,7 +60,8 @@ class Model:
         """Whether its linear weights are in four bits."""
         network.requires_grad_(False)
         network.eval()
-        self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in _target_layers(network, targets).items()}
+        layers = _target_layers(network, targets, strict)
+        self._layers: dict[str, AdaptedLinear] = {m: adapt(x) for m, x in layers.items()}
         for module in network.modules():
             if type(module) is nn.Linear:
                 freeze(module)
@@ -102,7 +114,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self._layers.values())).weight.device
+        return next(self.network.parameters()).device
 
     def attach(
         self,
@@ -178,13 +190,13 @@ class Model:
         return [x for x in parts if x.requires_grad]
 
 
-def _target_layers(network: nn.Module, targets: Sequence[str]) -> dict[str, nn.Linear]:
+def _target_layers(network: nn.Module, targets: Sequence[str], strict: bool) -> dict[str, nn.Linear]:
     """Linear layers whose name is a target or ends in ".target", as PEFT matches them; never the output layer."""
     output = network.get_output_embeddings()  # pyright: ignore[reportCallIssue]
     linear = {m: x for m, x in network.named_modules() if type(x) is nn.Linear and x is not output}
     found = {m: x for m, x in linear.items() if any(m == t or m.endswith(f".{t}") for t in targets)}
     missing = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in found)]
-    if missing or not found:
+    if strict and (missing or not found):
         have = ", ".join(dict.fromkeys(m.rsplit(".", 1)[-1] for m in linear)) or "none"
         raise FlexLoraError(
             f"--lora_target_modules: the model has no linear layer {', '.join(missing) or '(none given)'}; it has {have}"
@@ -211,26 +223,67 @@ def load_model(
     device: str = "auto",
     precision: str = "auto",
     trust_remote_code: bool = False,
+    strict: bool = True,
 ) -> Model:
     """Load a base model: a Hugging Face name, a local folder, a GGUF file, or "smollm2" (the packaged default).
 
     `precision` is float32, bfloat16, float16, nf4 (four bits, see `flexlora.nf4`), stored (as the file has it) or auto:
-    bfloat16 on a GPU, float32 on the CPU. Weights are read from safetensors only. Raises FlexLoraError where the model or a
-    target module cannot be had.
+    bfloat16 on a GPU, float32 on the CPU. Weights are read from safetensors only. Raises FlexLoraError where the model cannot be
+    had, the device cannot be used, or a target module is missing where it is `strict`; else such targets are left out.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    place = _place(device)
+    usual = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dtype = "auto" if precision == "stored" else DTYPES.get(precision, usual)
+    with _opening(name):
+        source = _source(name, cache_dir)
+        tokenizer = _tokenizer(source, trust_remote_code)
+        network: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    model = Model(network, tokenizer, name=name, targets=targets, strict=strict)
+    if precision == "nf4":
+        model.pack(place)
+    network.to(place)
+    return model
+
+
+def _place(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FlexLoraError(f"device: {device!r} cannot be used here ({reason}); choose cpu, cuda or auto") from None
+
+
+def load_tokenizer(name: str, *, cache_dir: Path | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of `load_model`'s model; no weights are read. Raises FlexLoraError where it cannot be had."""
+    with _opening(name):
+        return _tokenizer(_source(name, cache_dir), trust_remote_code)
+
+
+def _tokenizer(source: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # what generation needs; training pads by itself
+    return tokenizer
+
+
+@contextmanager
+def _opening(name: str) -> Iterator[None]:
+    """Without transformers' progress bars; what it cannot read is one line."""
     from transformers.utils import logging
 
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        source = _source(name, cache_dir)
-        where: Any = {"pretrained_model_name_or_path": source, "trust_remote_code": trust_remote_code}
-        tokenizer: Any = AutoTokenizer.from_pretrained(**where)
-        usual = torch.bfloat16 if place.type == "cuda" else torch.float32
-        dtype = "auto" if precision == "stored" else DTYPES.get(precision, usual)
-        network: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, use_safetensors=True)
+        yield
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FlexLoraError(
@@ -240,14 +293,6 @@ def load_model(
     finally:
         if bars:
             logging.enable_progress_bar()
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "left"  # what generation needs; training pads by itself
-    model = Model(network, tokenizer, name=name, targets=targets)
-    if precision == "nf4":
-        model.pack(place)
-    network.to(place)
-    return model
 
 
 def _source(name: str, cache_dir: Path | None) -> str:
@@ -295,7 +340,9 @@ def empty_model(
     return model
 
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS, CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "flexlora.json"
+TEMPLATE = "prompt_template.json"
+"""A template that is no built-in one, beside the model that was trained in it: the folder can then go elsewhere."""
 _PREFIX = "base_model.model."
 
 
@@ -307,11 +354,14 @@ def save_adapter(
     kind: Scaling = "alpha_over_r",
     alpha: float = 16.0,
     readme: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    template: Template | None = None,
 ) -> None:
     """Write an adapter in PEFT's format, ranks by module in rank_pattern; `PeftModel.from_pretrained` loads it.
 
     B is divided by the scaling that PEFT will apply. A module of rank 0 is left out, as PEFT knows none; where all are,
-    they are written at rank 1 with zeros.
+    they are written at rank 1 with zeros. `about` and the prompt template: what flexlora.json beside it says, which PEFT does not
+    read.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -340,9 +390,22 @@ def save_adapter(
         "alpha_pattern": {},
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _save_about(folder, about, template)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if readme is not None:
         (folder / "README.md").write_text(readme, encoding="utf-8")
+
+
+def _save_about(folder: Path, about: Mapping[str, Any] | None, template: Template | None) -> None:
+    """Say in flexlora.json what is known of a model, its prompt template by name, or as a file that goes along."""
+    if template is not None:
+        built_in = template.name in templates() and load_template(template.name) == template
+        about = {**(about or {}), "prompt_template": template.name if built_in else TEMPLATE}
+        if not built_in:
+            parts = {name: part for name, part in asdict(template).items() if name != "name"}
+            (folder / TEMPLATE).write_text(json.dumps(parts, indent=2) + "\n", encoding="utf-8")
+    if about is not None:
+        (folder / ABOUT).write_text(json.dumps(about) + "\n", encoding="utf-8")
 
 
 def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, LowRank]:
@@ -407,9 +470,18 @@ def _pattern(pattern: Mapping[str, float], module: str, default: float) -> float
 
 
 def save_merged(
-    model: Model, adapter: Mapping[str, LowRank], base_delta: Mapping[str, LowRank], folder: str | Path
+    model: Model,
+    adapter: Mapping[str, LowRank],
+    base_delta: Mapping[str, LowRank],
+    folder: str | Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    template: Template | None = None,
 ) -> None:
-    """Write a standalone Hugging Face folder whose weights are W + base_delta + B A, with the tokenizer; `model` is left as is."""
+    """Write a standalone Hugging Face folder whose weights are W + base_delta + B A, with the tokenizer; `model` is left as is.
+
+    `about` and `template` as in `save_adapter`.
+    """
     network = model.network
     state = dict(network.state_dict())
     for module in model.shapes:
@@ -420,3 +492,4 @@ def save_merged(
             state[f"{module}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
     network.save_pretrained(folder, state_dict=state)
     model.tokenizer.save_pretrained(folder)
+    _save_about(Path(folder), about, template)

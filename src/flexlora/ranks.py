@@ -225,6 +225,17 @@ def label(ranks: Ranks) -> str:
     return "+".join(map(str, values)) if len(values) <= 3 else f"{min(values)}…{max(values)}"
 
 
+def labelled(table: Iterable[Ranks]) -> dict[str, Ranks]:
+    """Label -> the configuration of a table that stands for it, smallest first: of several with one label the smallest.
+
+    Clients that prune by module soon have a configuration each; what is computed for each of a table keeps to these.
+    """
+    kinds: dict[str, Ranks] = {}
+    for ranks in distinct(table):
+        kinds.setdefault(label(ranks), ranks)
+    return kinds
+
+
 def counts(table: Iterable[Ranks]) -> dict[str, int]:
     """Label -> number of clients, smallest ranks first; configurations of one label are counted together."""
     sorted_table = sorted(table, key=lambda r: (sum(r.values()), tuple(r.values())))

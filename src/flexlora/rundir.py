@@ -54,6 +54,14 @@ class Run:
         return self.folder / "adapter"
 
     @property
+    def adapter_round(self) -> int | None:
+        """The round whose model `adapter/` holds; None where there is none, or it does not say."""
+        try:
+            return json.loads((self.adapter / "flexlora.json").read_text(encoding="utf-8"))["round"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -86,11 +94,24 @@ def create_run(config: Config, folder: Path, environment: Mapping[str, Any]) -> 
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
-        write_text(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True))
+        write_text(folder / "config.yaml", _yaml(config))
     except OSError as error:
         reason = error.strerror or error
         raise FlexLoraError(f"{folder}: cannot be written: {reason}; choose another --output_dir") from None
     return Run(folder)
+
+
+def with_rounds(run: Run, rounds: int) -> Run:
+    """The run, whose config.yaml asks for this many rounds from now on. The caller holds the folder."""
+    if run.config.rounds == rounds:
+        return run
+    config = run.config.model_copy(update={"rounds": rounds})
+    write_text(run.folder / "config.yaml", _yaml(config))
+    return Run(run.folder)
+
+
+def _yaml(config: Config) -> str:
+    return yaml.safe_dump(config.dump(), sort_keys=False, allow_unicode=True)
 
 
 @contextmanager

@@ -75,4 +75,10 @@ class ModelScorer:
             kind=self.config.lora_scaling,
             alpha=self.config.lora_alpha,
             readme=self.card(facts),
+            about={
+                "round": facts["round"],
+                "cutoff_len": self.config.cutoff_len,
+                "max_new_tokens": self.config.max_new_tokens,
+            },
+            template=self.template,
         )

@@ -7,8 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
 from flexlora import lowrank, ranks, rundir
 from flexlora.checkpoint import (
     DamagedError,
@@ -22,9 +20,10 @@ from flexlora.checkpoint import (
 from flexlora.collection import Notify
 from flexlora.config import Config
 from flexlora.data.federation import Federation
+from flexlora.methods.base import started
 from flexlora.privacy import Mechanism
 from flexlora.rundir import Run
-from flexlora.types import Adapter, ClientUpdate, FlexLoraError, LowRank, Method, Ranks, Shapes
+from flexlora.types import Adapter, FlexLoraError, LowRank, Method, Ranks, Shapes
 
 
 class Scorer(Protocol):
@@ -80,12 +79,14 @@ class Standing:
     norms: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Norms of the accepted increments by kind of round, for the guard."""
     energy: Mapping[str, float] = field(default_factory=dict)
-    """Label of each distinct ranks -> share of ‖W‖² beyond them."""
+    """Label of ranks -> share of ‖W‖² beyond the ranks that stand for it (`ranks.labelled`)."""
+    best_before: int | None = None
+    """The best round as it was a round ago."""
 
     @property
     def needed_rounds(self) -> set[int]:
-        """Rounds whose checkpoints stay: the last two and the best."""
-        return {self.round, self.round - 1, self.best_round or self.round}
+        """Rounds whose checkpoints stay: the last two, and what was the best at either."""
+        return {self.round, self.round - 1, self.best_round or self.round, self.best_before or self.round}
 
     def progress(self, setup: Setup) -> dict[str, Any]:
         kinds: list[Ranks] = list(ranks.distinct(self.table.values()))
@@ -102,6 +103,7 @@ class Standing:
             "stopped": self.stopped,
             "norms": {kind: list(norms) for kind, norms in self.norms.items()},
             "energy": dict(self.energy),
+            "best_before": self.best_before,
         }
 
 
@@ -117,19 +119,20 @@ def standing_of(round: int, state: Any, progress: Mapping[str, Any]) -> Standing
         progress["stopped"],
         progress["norms"],
         progress["energy"],
+        progress.get("best_before"),
     )
 
 
 def energy_beyond(method: Method, state: Any, table: Mapping[int, Ranks]) -> dict[str, float]:
-    """For each distinct ranks of the table, the share of ‖W‖² (over all modules) that lies beyond them; {} where W = 0."""
-    kinds = ranks.distinct(table.values())
+    """For each label of ranks, the share of ‖W‖² (over all modules) beyond the ranks that stand for it; {} where W = 0."""
+    kinds = ranks.labelled(table.values())
     total, beyond = 0.0, [0.0] * len(kinds)
     for module, x in method.delta(state).items():
         energy = float(lowrank.norm(x)) ** 2
         total += energy
-        for i, share in enumerate(lowrank.energy_beyond(x, [kind.get(module, 0) for kind in kinds])):
+        for i, share in enumerate(lowrank.energy_beyond(x, [kind.get(module, 0) for kind in kinds.values()])):
             beyond[i] += share * energy
-    return {ranks.label(kind): part / total for kind, part in zip(kinds, beyond, strict=True)} if total else {}
+    return {label: part / total for label, part in zip(kinds, beyond, strict=True)} if total else {}
 
 
 def first_standing(setup: Setup) -> Standing:
@@ -154,10 +157,11 @@ def start_from(setup: Setup, state: Any, start: Mapping[str, LowRank]) -> Any:
         for m, x in start.items()
         if m in top
     }
-    nothing = {m: LowRank(torch.zeros_like(x.B), torch.zeros_like(x.A)) for m, x in start.items()}
     remedy = "start without --init_adapter, or with --method flexlora"
+    if setup.config.baseline == "slora" and name != "slora":
+        name, remedy = f"slora before {name}", f"{remedy} and --baseline fedit"
     try:
-        state = setup.method.aggregate(state, [ClientUpdate(-1, 1.0, start, sent=nothing)])
+        state = started(setup.method, state, start)
         got = setup.method.delta(state)
     except (FlexLoraError, ValueError, KeyError) as error:
         raise FlexLoraError(f"init_adapter: method {name} cannot start from it ({error}); {remedy}") from None
@@ -197,12 +201,13 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
             raise FlexLoraError(f"{run.checkpoints}: no checkpoint is whole; start a new run")
         standing = first_standing(setup)
     recover_folder(run.adapter)
+    # As after a round: the process may have been killed before it came to that. Later checkpoints go before their lines, and
+    # the newest first, so that a kill in between leaves none without its line.
+    remove_checkpoints(run.checkpoints, standing.needed_rounds)
     rundir.cut_metrics(run.folder, standing.round)
     lost = standing.round - len(run.metrics)
     if lost:
         notify("note", {"text": f"{run.folder / 'metrics.jsonl'}: {lost} lines were damaged and are gone"})
-    # As after a round: the process may have been killed before it came to that.
-    remove_checkpoints(run.checkpoints, standing.needed_rounds)
     remove_kept(run.kept, standing.needed_rounds)
     return standing
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flexlora.config import Config, alias_table, make_config, read_config
+from flexlora.config import Config, alias_table, make_config, new_names, read_config
 from flexlora.data.demo import write_demo
 from flexlora.launch import SCORED_BY, method_of, refuse_unequal, resume, run, silent
 from flexlora.ranks import read_plan
@@ -40,29 +40,39 @@ def read_sweep(path: Path, over: Mapping[str, Any] | None = None) -> Sweep:
     Without `data` the clients get the built-in tasks of the demo, written into the sweep's folder.
     Raises FlexLoraError with a line that names the file and the key.
     """
-    given = {**read_config(path), **(over or {})}
-    axes = given.pop("vary", None)
+    common = read_config(path)
+    axes = common.pop("vary", None)
     if not isinstance(axes, dict) or not axes or not all(isinstance(v, list) and v for v in axes.values()):
         raise FlexLoraError(f"{path}: vary must be a map of keys to lists of values, e.g. method: [flexlora, raflora]")
-    name = given.pop("name", None) or path.stem
-    folder = make_config({k: v for k, v in given.items() if k == "output_dir"}, str(path)).output_dir / str(name)
-    if not {"data", "data_path", "data-path"} & set(given):
-        given["data"] = folder / "data"
+    # Under new names first, so that what is narrower wins however it is spelled.
+    given = new_names(common, str(path)) | new_names(over or {})
+    name = str(given.pop("name", None) or path.stem)
+    place = {k: v for k, v in given.items() if k == "output_dir"}
+    folder = make_config({**place, "name": name}, str(path)).output_dir / name
+    given.setdefault("data", folder / "data")
     runs: dict[str, Config] = {}
     left_out: list[str] = []
     for items in itertools.product(*([choice(path, axis, item) for item in axes[axis]] for axis in axes)):
         label = "-".join(part for part, _ in items)
-        keys = {k: v for _, part in items for k, v in part.items()}
-        config = make_config({**given, **keys, "name": label, "output_dir": folder}, f"{path}, {label}")
+        where = f"{path}, {label}"
+        keys = {k: v for _, part in items for k, v in new_names(part, where).items()}
+        config = make_config({**given, **keys, "name": label, "output_dir": folder}, where)
         if label in runs:
             raise FlexLoraError(f"{path}: two runs are called {label}; give the items of vary different labels")
-        method = method_of(config)
+        # The sizes of types do not matter here, only whether they differ; auto may give any of those of random.
+        ranks = "random" if config.ranks == "auto" else config.ranks
         try:
-            refuse_unequal(config, method, read_plan(config.ranks, lora_r=config.lora_r, hidden_size=0))
+            method, plan = method_of(config), read_plan(ranks, lora_r=config.lora_r, hidden_size=0)
+        except FlexLoraError as error:
+            raise FlexLoraError(f"{where}: {error}") from None
+        try:
+            refuse_unequal(config, method, plan)
         except FlexLoraError as reason:
             left_out.append(f"{label}: {reason}")
             continue
         runs[label] = config
+    if not runs:
+        raise FlexLoraError(f"{path}: nothing is left to play: {left_out[0]}")
     return Sweep(folder, runs, tuple(left_out))
 
 

@@ -107,19 +107,30 @@ def grouped(runs: Sequence[Run]) -> dict[str, list[Run]]:
     told = {"method", "ranks", "baseline", "method_options"}
     differing = [k for k in kinds[0] if k not in told and any(kind[k] != kinds[0][k] for kind in kinds)]
     groups: dict[str, list[Run]] = {}
-    for run, kind in zip(runs, kinds, strict=True):
+    for run, kind, ranks in zip(runs, kinds, rank_names([k["ranks"] for k in kinds]), strict=True):
         config = run.config
         options = " ".join(f"{k}={v}" for k, v in config.method_options.items())
-        ranks = Path(config.ranks).stem if isinstance(config.ranks, str) else "map"
-        if ranks == "map":
-            maps = [k["ranks"] for k in kinds if not isinstance(k["ranks"], str)]
-            number = [m for i, m in enumerate(maps) if m not in maps[:i]].index(kind["ranks"])
-            ranks = f"map {number + 1}" if number else "map"
         others = [f"{k}={kind[k]}" for k in differing]
         groups.setdefault(
             " ".join(filter(None, [config.method_name, options, ranks, config.baseline, *others])), []
         ).append(run)
     return groups
+
+
+def rank_names(found: Sequence[str | Mapping[str, Any]]) -> list[str]:
+    """A short name for each value of the key `ranks`, another for each other value: a file's whole path where its stem is not
+    its own."""
+    distinct = [value for i, value in enumerate(found) if value not in found[:i]]
+    maps = [value for value in distinct if not isinstance(value, str)]
+
+    def short(value: str | Mapping[str, Any]) -> str:
+        if isinstance(value, str):
+            return Path(value).stem
+        number = maps.index(value)
+        return f"map {number + 1}" if number else "map"
+
+    alike = Counter(map(short, distinct))
+    return [value if isinstance(value, str) and alike[short(value)] > 1 else short(value) for value in found]
 
 
 def comparison_table(folders: Sequence[Path]) -> Table:

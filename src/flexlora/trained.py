@@ -17,8 +17,8 @@ from flexlora.data.records import read_records
 from flexlora.engine import global_adapter
 from flexlora.evaluation import Scores
 from flexlora.launch import load, method_of, template_name
-from flexlora.modeling import Model, load_adapter, save_adapter, save_merged
-from flexlora.prompts import Record, Template, encode_prompt, load_template
+from flexlora.modeling import ABOUT, CONFIG, TEMPLATE, Model, load_adapter, load_model, save_adapter, save_merged
+from flexlora.prompts import Record, Template, encode_prompt, load_template, templates
 from flexlora.rundir import Run, open_run, write_text
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Standing, standing_of
@@ -41,10 +41,13 @@ def _is_path(target: Path) -> bool:
     return target.is_absolute() or len(target.parts) > 2 or (len(target.parts) == 2 and target.parent == Path(home))
 
 
-def open_trained(target: str, changes: Mapping[str, Any] | None = None) -> Trained:
+def open_trained(
+    target: str, changes: Mapping[str, Any] | None = None, *, rank: int | None = None, client: int | None = None
+) -> Trained:
     """Open a run folder, a PEFT adapter folder, or a bare model by name, with some configuration keys changed.
 
-    Raises FlexLoraError where it is none of these.
+    An adapter or a merged model is asked as its folder says (`asked`). `rank` and `client`: of a run, what `export` takes.
+    Raises FlexLoraError where the target is none of these.
     """
     changes = dict(changes or {})
     folder = Path(target)
@@ -52,26 +55,81 @@ def open_trained(target: str, changes: Mapping[str, Any] | None = None) -> Train
     if not folder.exists() and (_is_path(folder) or (folder.parent != Path() and folder.parent.is_dir())):
         raise FlexLoraError(f"{target}: no such folder; give a run folder, an adapter's folder or a model's name")
     if (folder / "config.yaml").is_file():
-        run = open_run(folder)
-        if not run.adapter.is_dir() and run.metrics and method_of(run.config).personal:
+        return _open_run(open_run(folder), changes, rank, client)
+    for name, value in (("rank", rank), ("client", client)):
+        if value is not None:
+            raise FlexLoraError(f"{name}: {target} is no run folder; give one, or leave --{name} out")
+    adapter: dict[str, LowRank] = {}
+    base = target
+    if (folder / CONFIG).is_file():
+        adapter = load_adapter(folder)
+        base = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if "model" not in changes and not (isinstance(base, str) and base):
+            raise FlexLoraError(
+                f"{folder / CONFIG}: base_model_name_or_path names no model; write its name or folder there"
+            )
+    config = make_config({"model": base, **asked(folder), **changes})
+    # An adapter says by itself which layers it adapts, whatever the architecture; the bare model needs none.
+    model = load_model(
+        config.model,
+        targets=tuple(adapter),
+        cache_dir=config.cache_dir,
+        device=config.device,
+        precision=config.precision,
+        trust_remote_code=config.trust_remote_code,
+        strict=False,
+    )
+    return _trained(model, config, load_adapter(folder, model.shapes) if adapter else {})
+
+
+def _open_run(run: Run, changes: Mapping[str, Any], rank: int | None, client: int | None) -> Trained:
+    folder = run.folder
+    if rank is None and client is None and not run.adapter.is_dir():
+        if run.metrics and method_of(run.config).personal:
             raise FlexLoraError(
                 f"{folder}: method {run.config.method_name} has no global model; choose a client with "
                 f"`flexlora export {folder} --client 0 --out DIR`"
             )
-        if not run.adapter.is_dir():
-            raise FlexLoraError(f"{folder}: has no adapter yet; finish a round with `flexlora resume {folder}`")
-        config = run.config.model_copy(update=changes)
-        source: Path | None = run.adapter
-    elif (folder / "adapter_config.json").is_file():
-        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        config = make_config({"model": base, **changes})
-        source = folder
-    else:
-        config, source = make_config({"model": target, **changes}), None
+        raise FlexLoraError(f"{folder}: has no adapter yet; finish a round with `flexlora resume {folder}`")
+    config = make_config({**run.config.dump(), **asked(run.adapter), **changes})
+    chosen = None if rank is None and client is None else _chosen(run, rank, client)[0]
     model = load(config)
-    adapter = load_adapter(source, model.shapes) if source else {}
+    return _trained(model, config, load_adapter(run.adapter, model.shapes) if chosen is None else chosen)
+
+
+def _trained(model: Model, config: Config, adapter: Mapping[str, LowRank]) -> Trained:
     model.attach(adapter)
     return Trained(model, config, adapter, load_template(template_name(config, model)))
+
+
+ASKED = ("prompt_template", "cutoff_len", "max_new_tokens")
+MOST_TOKENS = 2**20
+"""What a folder may ask for by itself; who wants more says so."""
+
+
+def asked(folder: Path) -> dict[str, Any]:
+    """How the model in a folder was asked while it was trained, as configuration keys; {} where its flexlora.json says nothing.
+
+    Raises FlexLoraError where that file is damaged.
+    """
+    path = folder / ABOUT
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("it holds no object")
+        said = {key: about[key] for key in ASKED if key in about}
+        if said.get("prompt_template", TEMPLATE) not in (TEMPLATE, *templates()):
+            raise ValueError(f"prompt_template is none of {', '.join(templates())}")
+        if any(type(said.get(key, 1)) is not int or said.get(key, 1) > MOST_TOKENS for key in ASKED[1:]):
+            raise ValueError("cutoff_len or max_new_tokens is no number of tokens")
+        make_config(said)
+    except (OSError, ValueError, TypeError, RecursionError, FlexLoraError) as error:
+        raise FlexLoraError(f"{path}: cannot be used ({error}); mend or remove it") from None
+    if said.get("prompt_template") == TEMPLATE:
+        said["prompt_template"] = str(folder / TEMPLATE)
+    return said
 
 
 def score(trained: Trained, records: Sequence[Record], progress: Any = None) -> Scores:
@@ -138,7 +196,10 @@ def standing_at(run: Run, round: int | None = None) -> tuple[Method, Standing, M
     rounds = checkpoint_rounds(run.checkpoints)
     wanted = round if round is not None else run.best_round
     if wanted not in rounds:
-        shown = ", ".join(map(str, rounds)) or "none"
+        again = f"`flexlora resume {run.folder}`"
+        if wanted is None:
+            raise FlexLoraError(f"{run.folder}: has no best round yet; finish a round with {again}")
+        shown = ", ".join(map(str, rounds)) or f"none, play it with {again}"
         raise FlexLoraError(f"{run.folder}: round {wanted} has no checkpoint; there are: {shown}")
     folder = checkpoint_folder(run.checkpoints, wanted)
     method = method_of(run.config)
@@ -157,10 +218,14 @@ def client_adapter(run: Run, method: Method, standing: Standing, client: int) ->
         raise FlexLoraError(f"client {client} is not in this run; clients are 0 to {max(standing.table)}")
     download = method.distribute(standing.state, standing.table[client])
     kept: dict[str, Any] = {}
-    if download.rule.keep:
-        files = sorted((run.folder / "kept" / str(client)).glob("round-*.safetensors"))
-        files = [f for f in files if f.name <= f"round-{standing.round:04d}.safetensors"]
-        kept = wire.decode(files[-1].read_bytes()) if files else {}
+    if parts := " and ".join(download.rule.keep):
+        file = _kept_file(run, standing.round, client)
+        if file is None and run.config.runner == "flower":
+            raise FlexLoraError(
+                f"client {client}: its {parts} stays at the site and is not here; with the site's consent, put what it keeps into "
+                f"{run.kept / str(client)}"
+            )
+        kept = wire.decode(file.read_bytes()) if file else {}
     adapter: dict[str, LowRank] = {}
     for module, x in download.adapter.items():
         if not isinstance(x, LowRank):
@@ -168,7 +233,35 @@ def client_adapter(run: Run, method: Method, standing: Standing, client: int) ->
         x = x._replace(**kept.get(module, {}))
         base = download.base_delta.get(module)
         adapter[module] = x if base is None else lowrank.stack([base, x], [1.0, 1.0])
-    return adapter
+    # The base delta is the client's base model, also where it adapts nothing.
+    return adapter | {module: x for module, x in download.base_delta.items() if module not in adapter}
+
+
+def _kept_file(run: Run, round: int, client: int) -> Path | None:
+    """What a client had kept after a round; None where it had not trained by then."""
+    last = f"round-{round:04d}.safetensors"
+    return max((f for f in (run.kept / str(client)).glob("round-*.safetensors") if f.name <= last), default=None)
+
+
+def _chosen(run: Run, rank: int | None, client: int | None) -> tuple[dict[str, LowRank], str, Standing]:
+    """(adapter, what it is in a sentence, standing) of the best round: at one rank or the largest of each module, or a client's."""
+    if rank is not None and rank < 1:
+        raise FlexLoraError(f"rank: {rank} is none; give a whole number from 1")
+    method, standing, progress = standing_at(run)
+    if client is not None:
+        adapter = client_adapter(run, method, standing, client)
+        what = f"What client {client} runs" + ("." if rank is None else f", cut to rank {rank}.")
+        if method.personal and _kept_file(run, standing.round, client) is None:
+            what += " It has not trained yet, and has nothing of its own."
+        return adapter if rank is None else {m: lowrank.truncate(x, rank) for m, x in adapter.items()}, what, standing
+    if method.personal:
+        raise FlexLoraError(f"method {run.config.method_name} has no global model; choose a client with --client")
+    top = ranks.largest(standing.table.values())
+    if rank is None:
+        return global_adapter(method, standing.state, top), TOP, standing
+    at = {m: min(rank, *progress["shapes"][m]) for m in top}
+    what = f"The best approximation of the global delta weight at rank {rank} in every module."
+    return global_adapter(method, standing.state, at), what, standing
 
 
 def export(run: Run, out: Path, *, rank: int | None = None, client: int | None = None, merge: bool = False) -> Path:
@@ -176,21 +269,9 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
 
     A PEFT folder, or with `merge` a whole model. Raises FlexLoraError where `out` is taken or the method has no global model.
     """
-    if rank is not None and rank < 1:
-        raise FlexLoraError(f"rank: {rank} is none; give a whole number from 1")
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise FlexLoraError(f"{out}: exists already; choose another --out")
-    method, standing, progress = standing_at(run)
-    top = ranks.largest(standing.table.values())
-    if client is not None:
-        adapter = client_adapter(run, method, standing, client)
-        if rank is not None:
-            adapter = {m: lowrank.truncate(x, rank) for m, x in adapter.items()}
-    elif method.personal:
-        raise FlexLoraError(f"method {run.config.method_name} has no global model; choose a client with --client")
-    else:
-        at = top if rank is None else {m: min(rank, *progress["shapes"][m]) for m in top}
-        adapter = global_adapter(method, standing.state, at)
+    adapter, what, standing = _chosen(run, rank, client)
     config = run.config
     line = next((line for line in run.metrics if line["round"] == standing.round), {"round": standing.round})
     made = json.loads((run.folder / "env.json").read_text(encoding="utf-8"))
@@ -199,13 +280,12 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         "clients": len(standing.table),
         "template": made.get("template", config.prompt_template),
     }
-    what = TOP
-    if client is not None:
-        what = f"What client {client} runs" + ("." if rank is None else f", cut to rank {rank}.")
-    elif rank is not None:
-        what = f"The best approximation of the global delta weight at rank {rank} in every module."
+    # The run's own copy first: a template file may have been changed or moved since. `auto` is left to the tokenizer.
+    name = asked(run.adapter).get("prompt_template", facts["template"])
+    template = None if name == "auto" else load_template(name)
+    about = {"round": standing.round, "cutoff_len": config.cutoff_len, "max_new_tokens": config.max_new_tokens}
     if merge:
-        save_merged(load(config, "stored"), adapter, {}, out)
+        save_merged(load(config, "stored"), adapter, {}, out, about=about, template=template)
         write_text(out / "README.md", model_card(config, facts, line, what, "transformers"))
         return out
     save_adapter(
@@ -215,5 +295,7 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         kind=config.lora_scaling,
         alpha=config.lora_alpha,
         readme=model_card(config, facts, line, what),
+        about=about,
+        template=template,
     )
     return out

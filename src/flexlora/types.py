@@ -63,8 +63,6 @@ Ranks: TypeAlias = Mapping[str, int]
 Shapes: TypeAlias = Mapping[str, tuple[int, int]]
 """Module name -> (d_out, d_in)."""
 
-Part: TypeAlias = Literal["A", "B", "values"]
-
 
 @dataclass(frozen=True)
 class ClientRule:
@@ -133,6 +131,13 @@ class Method:
     """True: unequal ranks are refused with the config, before anything is loaded."""
     personal: bool = False
     """True: there is no global model; each client is evaluated and exported by itself (fedsa)."""
+    fixed_ranks: bool = False
+    """True: clients have one of the ranks that `init` was given; no other can join later (raflora)."""
+    start: Callable[[Any, Iterable[ClientUpdate]], Any] | None = None
+    """As `aggregate`, for the one update that stands for an adapter to start from, where that differs (a server's step size,
+    a turn of the factors); None: it does not."""
+    figures: Callable[[Any], Mapping[str, float]] | None = None
+    """``(State) -> {name: number}``: what a line of metrics.jsonl says of the round's state; None: nothing."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +180,8 @@ class TrainTask:
     """Derived from (run seed, "train", round, client)."""
     base: str = ""
     """Fingerprint of the base model that the global model belongs to."""
+    needed: tuple[int, ...] = ()
+    """Rounds that the server may go on from: of what a client keeps, the rest may go. (): nothing is said."""
 
 
 @dataclass(frozen=True)

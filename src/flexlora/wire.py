@@ -90,7 +90,8 @@ def complete(
     """The adapter of a message, with the parts that did not travel filled in from what was sent; float32.
 
     In the order of what was sent; of the message only the named parts are taken. Raises FlexLoraError for a module that
-    was not sent, a part that is missing, and factors that are no matrices.
+    was not sent, a part that is missing, factors that are no matrices, more numbers than were sent, and types that do not
+    travel.
     """
     wanted = set(parts)
     for module in received:
@@ -102,8 +103,12 @@ def complete(
             continue
         taken = {}
         for part, tensor in received[module].items():
-            if not tensor.is_floating_point():
+            if tensor.dtype not in (torch.float32, torch.bfloat16):
                 raise FlexLoraError(f"message has numbers of type {tensor.dtype} in {module}")
+            # Before it is copied: in half precision it would grow.
+            like = getattr(origin, part, None)
+            if like is None or tensor.numel() > like.numel():
+                raise FlexLoraError(f"message has more numbers in {module} than it was sent")
             if part in wanted:
                 taken[part] = tensor.float()
         if isinstance(origin, Sparse):
@@ -186,6 +191,7 @@ def pack_task(
     }
     if isinstance(task, TrainTask):
         facts |= {"kind": "train", "ranks": dict(task.ranks), "seed": task.seed, "base": task.base}
+        facts["needed"] = list(task.needed)
         facts["training"] = asdict(task.training)
     else:
         assert training is not None
@@ -221,7 +227,8 @@ def unpack_task(parcel: Parcel) -> tuple[TrainTask | EvalTask, LocalTraining, to
         number, client = int(facts["round"]), int(facts["client"])
         if facts["kind"] == "evaluate":
             return EvalTask(number, client, download, int(facts["examples"])), training, dtype
-        task = TrainTask(number, client, facts["ranks"], download, training, facts["seed"], facts["base"])
+        needed = tuple(int(round) for round in facts["needed"])
+        task = TrainTask(number, client, facts["ranks"], download, training, facts["seed"], facts["base"], needed)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise FlexLoraError(
             f"the task cannot be read ({type(error).__name__}: {error}); install the server's version of flexlora"

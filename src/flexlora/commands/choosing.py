@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from flexlora.commands.options import next_step, out
+from flexlora.config import SEVEN_PROJECTIONS, make_config
 from flexlora.types import FlexLoraError
 
 
@@ -42,6 +46,9 @@ def ranks(
     memory: str | None = None,
     micro_batch_size: int = 2,
     cutoff_len: int = 512,
+    lora_target_modules: Annotated[
+        list[str] | None, Parameter(negative="", consume_multiple=True, allow_leading_hyphen=False)
+    ] = None,
     cache_dir: Path | None = None,
 ) -> None:
     """Show a rank distribution: its types, their shares, and who would get which. With --model, the memory that each needs.
@@ -71,6 +78,8 @@ def ranks(
         As the key of `flexlora run`.
     cutoff_len
         As the key of `flexlora run`; the estimate takes every example to be that long.
+    lora_target_modules
+        As the key of `flexlora run`; for a model that has other linear layers than LLaMA.
     cache_dir
         Where converted models are kept.
     """
@@ -88,7 +97,9 @@ def ranks(
     from flexlora.tables import memory_table
 
     budget = None if memory is None else read_bytes(memory)
-    empty = empty_model(model, cache_dir=cache_dir)
+    # The configuration reads lists of names in all their spellings.
+    targets = make_config({"lora_target_modules": lora_target_modules or SEVEN_PROJECTIONS}).lora_target_modules
+    empty = empty_model(model, targets=targets, cache_dir=cache_dir)
     plan = read_plan(name, lora_r=lora_r, hidden_size=empty.hidden_size)
     needed = type_memories(empty, plan, Workload(micro_batch_size, cutoff_len))
     out.print(memory_table(plan, needed, budget))

@@ -162,10 +162,10 @@ def inspect(
     from flexlora.data.inspection import inspect as look
     from flexlora.data.inspection import inspection_table
     from flexlora.data.picture import write_picture
-    from flexlora.modeling import load_model
+    from flexlora.modeling import load_tokenizer
     from flexlora.prompts import load_template
 
-    tokenizer = load_model(model, cache_dir=cache_dir).tokenizer if model else None
+    tokenizer = load_tokenizer(model, cache_dir=cache_dir) if model else None
     if prompt_template == "auto":
         prompt_template = "chat" if getattr(tokenizer, "chat_template", None) else "alpaca"
     template = load_template(prompt_template) if tokenizer is not None else None

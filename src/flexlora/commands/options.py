@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from cyclopts import Group, Parameter
 from rich.console import Console
 
 from flexlora.config import Config, key_aliases, key_group
+from flexlora.types import FlexLoraError
 
 GROUPS = ("Model", "Data", "Federation", "Method", "LoRA", "Local training", "Evaluation", "Trust", "Running")
 LISTS = ("lora_target_modules", "method_options", "client_memory")
@@ -99,6 +101,25 @@ def _metavar(kind: Any) -> str:
 
 def given(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
+
+
+def refuse_unwritable(path: Path, option: str) -> None:
+    """Raise FlexLoraError where a file cannot be written: asked before the work whose result it is to hold."""
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        reason = "is a folder" if path.is_dir() else f"{path.parent} is no folder that can be written to"
+        raise FlexLoraError(f"{path}: cannot be written: {reason}; choose another --{option}")
+
+
+def write_file(path: Path, text: str, option: str) -> None:
+    """Write what the option `option` named. Raises FlexLoraError where the disk refuses."""
+    from flexlora.rundir import write_text
+
+    try:
+        write_text(path, text)
+    except OSError as error:
+        raise FlexLoraError(
+            f"{path}: cannot be written: {error.strerror or error}; choose another --{option}"
+        ) from None
 
 
 def next_step(*commands: str) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from flexlora.commands.options import Json, Quiet, Track, config_keys, err, given, next_step, out, shown
-from flexlora.config import make_config, read_config
+from flexlora.config import make_config, new_names, read_config
 
 ConfigFile = Annotated[Path | None, Parameter(help="YAML file of configuration keys.")]
 SweepFile = Annotated[Path, Parameter(help="YAML file with the keys of all runs and the axes that differ.")]
@@ -34,7 +34,7 @@ def run(
         flexlora run --data data --participation 0.2 --rounds 10 --ranks heavy_tail --name first
         flexlora run my.yaml --method flexlora-carry --seed 2
     """
-    values = (read_config(config_file) if config_file else {}) | given(keys)
+    values = (new_names(read_config(config_file), str(config_file)) if config_file else {}) | given(keys)
     config = make_config(values, str(config_file) if config_file and not given(keys) else "")
     from flexlora.launch import run as launch
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from flexlora.commands.options import OUTPUT, given, next_step, out
+from flexlora.commands.options import OUTPUT, given, next_step, out, refuse_unwritable, write_file
 from flexlora.types import FlexLoraError
 
 Out = Annotated[Path | None, Parameter("--out")]
@@ -59,7 +59,7 @@ def inspect(run: Path, /, *, energy: float = 0.99, round: int | None = None, out
     out_file
         Write the advised rank of every module as a file for the key `ranks`.
     """
-    from flexlora.rundir import open_run, write_text
+    from flexlora.rundir import open_run
     from flexlora.spectrum import rank_file, spectra
     from flexlora.tables import spectrum_table
 
@@ -67,11 +67,13 @@ def inspect(run: Path, /, *, energy: float = 0.99, round: int | None = None, out
         raise FlexLoraError(f"energy: {energy:g} is no share; give a figure above 0 and at most 1, e.g. 0.99")
     if out_file is not None and out_file.exists():
         raise FlexLoraError(f"{out_file}: exists already; choose another --out")
+    if out_file is not None:
+        refuse_unwritable(out_file, "out")
     found = spectra(open_run(run), round)
     table, advised = spectrum_table(found, energy)
     out.print(table)
     if out_file is not None:
-        write_text(out_file, rank_file(found, energy))
+        write_file(out_file, rank_file(found, energy), "out")
         out.print(f"written: {out_file}", markup=False, soft_wrap=True)
         next_step(f"flexlora run --ranks {out_file} …")
     else:
@@ -83,8 +85,11 @@ def evaluate(
     /,
     *,
     data: Path,
+    num_clients: int | None = None,
     split: Literal["global", "test", "eval"] = "global",
     examples: int | None = None,
+    rank: int | None = None,
+    client: int | None = None,
     max_new_tokens: int | None = None,
     prompt_template: str | None = None,
     predictions: Path | None = None,
@@ -104,10 +109,16 @@ def evaluate(
         A run folder, an adapter folder, or a model's name.
     data
         A federation's folder, or one JSON file of examples.
+    num_clients
+        Which federation, where the folder holds several.
     split
         global: the held-out tasks; test or eval: all clients' own.
     examples
         At most that many.
+    rank
+        Of a run: score the global model at this rank; default: the largest that a client has.
+    client
+        Of a run: score what this client runs instead.
     max_new_tokens
         Tokens generated for one answer, at most.
     prompt_template
@@ -121,17 +132,19 @@ def evaluate(
 
     from flexlora import trained
     from flexlora.data.federation import spread
-    from flexlora.rundir import write_text
     from flexlora.tables import scores_table
 
-    records = spread(trained.records_of(data, split), examples)
+    if examples is not None and examples < 1:
+        raise FlexLoraError(f"examples: {examples} is none; give a whole number from 1")
+    path = predictions or (Path(target) if Path(target).is_dir() else Path()) / "predictions.jsonl"
+    refuse_unwritable(path, "predictions")
+    records = spread(trained.records_of(data, split, num_clients), examples)
     changes = given({"max_new_tokens": max_new_tokens, "prompt_template": prompt_template, "cache_dir": cache_dir})
-    opened = trained.open_trained(target, changes)
+    opened = trained.open_trained(target, changes, rank=rank, client=client)
     with out.status("generating answers") as status:
         scores = trained.score(opened, records, lambda done, total: status.update(f"generating answers {done}/{total}"))
-    folder = Path(target) if Path(target).is_dir() else Path()
-    path = predictions or folder / "predictions.jsonl"
-    write_text(path, "".join(dumps(line, ensure_ascii=False) + "\n" for line in scores.predictions))
+    lines = "".join(dumps(line, ensure_ascii=False) + "\n" for line in scores.predictions)
+    write_file(path, lines, "predictions")
     if json:
         print(dumps({**scores.summary(), "predictions": str(path)}, ensure_ascii=False))
         return

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from flexlora.commands.options import given, next_step, out
+from flexlora.commands.options import given, next_step, out, refuse_unwritable, write_file
 from flexlora.types import FlexLoraError
 
 if TYPE_CHECKING:
@@ -102,11 +102,14 @@ def generate(
         raise FlexLoraError("out: goes with --file; for one prompt redirect the output")
     if out_file is not None and out_file.exists():
         raise FlexLoraError(f"{out_file}: exists already; choose another --out")
+    if out_file is not None:
+        refuse_unwritable(out_file, "out")
     prompts = read_prompts(file) if file is not None else []
     changes = given({"prompt_template": prompt_template, "cache_dir": cache_dir, "max_new_tokens": max_new_tokens})
     opened = trained.open_trained(target, changes)
     if out_file is not None:
         _write_answers(opened, prompts, out_file)
+        next_step(f"flexlora evaluate {target} --data …")
     elif file is not None:
         for record in prompts:
             out.print("> " + " ".join(f"{record.instruction} {record.input}".split()), style="dim", markup=False)
@@ -114,11 +117,20 @@ def generate(
     elif prompt is not None:
         _stream(opened, prompt.strip(), input)
     elif sys.stdin.isatty():
-        while line := out.input("> ").strip():
+        while line := _typed():
             _stream(opened, line, input)
     else:
         for line in filter(None, map(str.strip, sys.stdin)):
             _stream(opened, line, input)
+
+
+def _typed() -> str:
+    """A line from the terminal; the empty one where it ends (Ctrl-D)."""
+    try:
+        return out.input("> ").strip()
+    except EOFError:
+        out.print()
+        return ""
 
 
 def _stream(opened: Trained, instruction: str, input: str) -> None:
@@ -132,7 +144,6 @@ def _stream(opened: Trained, instruction: str, input: str) -> None:
 def _write_answers(opened: Trained, prompts: list[Record], path: Path) -> None:
     from json import dumps
 
-    from flexlora.rundir import write_text
     from flexlora.trained import answers
 
     with out.status("generating answers") as status:
@@ -141,5 +152,5 @@ def _write_answers(opened: Trained, prompts: list[Record], path: Path) -> None:
         {"instruction": record.instruction, "input": record.input, "answer": text}
         for record, text in zip(prompts, texts, strict=True)
     )
-    write_text(path, "".join(dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(path, "".join(dumps(line, ensure_ascii=False) + "\n" for line in lines), "out")
     out.print(f"written: {path}: {len(texts)} answers", markup=False, soft_wrap=True)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import importlib
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,7 +70,9 @@ def read_prompts(source: str | Path) -> list[Record]:
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FlexLoraError(f"{path}: no such file: give the path of a text file or a table")
-        rows: Sequence[Any] = [{"instruction": line.strip()} for line in _text(path).splitlines() if line.strip()]
+        rows: Sequence[Any] = [
+            {"instruction": line.strip()} for line in re.split(r"\r\n|\r|\n", _text(path)) if line.strip()
+        ]
     else:
         rows = _rows(str(source))
     if not rows:
@@ -154,7 +158,9 @@ def _json_lines(path: Path, text: str) -> list[Any]:
 def _csv(path: Path, text: str, kind: str) -> list[dict[str, str]]:
     limit = csv.field_size_limit(2 * MAX_CHARACTERS)  # the longest string is refused later, with its row
     try:
-        reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if kind == ".tsv" else ",", strict=True)
+        # Not splitlines: U+2028 and its like may stand inside a cell.
+        lines = io.StringIO(text, newline="")
+        reader = csv.DictReader(lines, delimiter="\t" if kind == ".tsv" else ",", strict=True)
         rows = list(reader)
     except csv.Error as error:
         raise FlexLoraError(f"{path}: broken CSV ({_line(error)}): mend the quotes or write it anew") from None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from flexlora.types import FlexLoraError, Method
+import torch
+
+from flexlora.types import ClientUpdate, FlexLoraError, LowRank, Method
 
 ENTRY_POINTS = "flexlora.methods"
 
@@ -83,11 +86,44 @@ def method_entry(name: str) -> MethodEntry:
 def get_method(name: str, **options: Any) -> Method:
     """Make a method, e.g. ``get_method("flexlora-carry", eta=0.5)``.
 
-    Raises FlexLoraError for an unknown name or option.
+    Raises FlexLoraError for an unknown name or option, and for a value of another type than the option's.
     """
     entry = method_entry(name)
+    kinds = _hints(entry.make)
     for option in options:
         if option not in entry.options and not entry.passes_on:
             known = ", ".join(entry.options) or "none"
             raise FlexLoraError(f"method {name!r} has no option {option!r}: it has {known}")
+        kind = kinds.get(option)
+        allowed = [k for k in (get_args(kind) or (kind,)) if k in KINDS]
+        if allowed and not any(KINDS[k][1](options[option]) for k in allowed):
+            wanted = " or ".join(KINDS[k][0] for k in allowed)
+            raise FlexLoraError(f"method {name!r}: {option} is {options[option]!r}, it must be {wanted}")
     return entry.make(**options)
+
+
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    bool: ("true or false", lambda x: isinstance(x, bool)),
+    int: ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
+    float: ("a number", lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)),
+    str: ("a word", lambda x: isinstance(x, str)),
+    type(None): ("null", lambda x: x is None),
+}
+"""Annotation of an option -> what it is called, and whether a value is one."""
+
+
+def _hints(make: Callable[..., Method]) -> Mapping[str, Any]:
+    try:
+        return get_type_hints(make)
+    except (NameError, TypeError, AttributeError):  # somebody else's, with names that are not there
+        return {}
+
+
+def started(method: Method, state: Any, adapter: Mapping[str, LowRank]) -> Any:
+    """The state whose global delta weight is the adapter's, as if one client had answered with it in the first round.
+
+    Raises what the method's `aggregate` raises for an adapter that it cannot start from.
+    """
+    nothing = {m: LowRank(torch.zeros_like(x.B), torch.zeros_like(x.A)) for m, x in adapter.items()}
+    update = ClientUpdate(-1, 1.0, adapter, sent=nothing, scaling=dict.fromkeys(adapter, 1.0))
+    return (method.start or method.aggregate)(state, [update])

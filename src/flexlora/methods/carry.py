@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -108,10 +109,11 @@ def aggregate(
         if momentum:
             if module in state.momentum:
                 step.append((state.momentum[module], momentum))
-            M = settle(combine(step), None, keep_rank)[0]
+            M = combine(step)
             step = [(M, 1.0)]
         moved = combine([(before.W[module], 1.0), *((x, eta * w) for x, w in step)])
-        return *settle(moved, before.levels.get(module), keep_rank), M
+        kept = None if M is None else settle(M, None, keep_rank)[0]
+        return *settle(moved, before.levels.get(module), keep_rank), kept
 
     modules = list(sums)
     done = dict(zip(modules, each(finish, modules), strict=True))
@@ -136,8 +138,13 @@ def delta(state: State) -> Mapping[str, LowRank]:
     return flexlora.delta(state.whole)
 
 
+def figures(state: State) -> Mapping[str, float]:
+    return {"dropped": sum(state.dropped.values()) / len(state.dropped)} if state.dropped else {}
+
+
 def flexlora_carry(eta: float = 1.0, momentum: float = 0.0, keep_rank: int | None = None) -> Method:
-    """eta: server step. momentum: μ in [0, 1). keep_rank: W is cut to this rank each round, `State.dropped` says what went.
+    """eta: server step. momentum: μ in [0, 1). keep_rank: W is cut to this rank each round, and M before it is kept; what W
+    lost stands in `State.dropped`, and its mean over the modules in metrics.jsonl.
 
     Raises FlexLoraError for a value out of range.
     """
@@ -151,7 +158,9 @@ def flexlora_carry(eta: float = 1.0, momentum: float = 0.0, keep_rank: int | Non
     def step(state: State, updates: Iterable[ClientUpdate]) -> State:
         return aggregate(state, updates, eta=eta, momentum=momentum, keep_rank=keep_rank)
 
-    return Method(init, step, distribute, delta)
+    # What a run starts from is no increment: it counts in full, and leaves no momentum.
+    start = partial(aggregate, eta=1.0, momentum=0.0, keep_rank=keep_rank)
+    return Method(init, step, distribute, delta, start=start, figures=figures)
 
 
 register(

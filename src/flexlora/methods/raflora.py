@@ -111,7 +111,7 @@ def delta(state: State) -> Mapping[str, LowRank]:
 
 
 def raflora() -> Method:
-    return Method(init, aggregate, distribute, delta)
+    return Method(init, aggregate, distribute, delta, fixed_ranks=True)
 
 
 register(

@@ -6,6 +6,7 @@ At unequal ranks as ffa: the zero-padded sum is exact but collapses, with `incre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal
 
 from flexlora.methods.base import register
@@ -34,7 +35,10 @@ def rolora(increments: bool = False) -> Method:
     def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         return aggregate_one(state, updates, trained_part(state), increments=increments, fresh=state.round)
 
-    return Method(init, aggregate, distribute, delta)
+    def start(state: State, updates: Iterable[ClientUpdate]) -> State:
+        return replace(aggregate(state, updates), round=0)  # the first round trains B all the same
+
+    return Method(init, aggregate, distribute, delta, start=start)
 
 
 register(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from flexlora import lowrank
-from flexlora.methods.base import get_method, register
+from flexlora.methods.base import get_method, register, started
 from flexlora.methods.factors import add_padded
 from flexlora.randomness import derive
 from flexlora.types import (
@@ -47,7 +47,7 @@ class State:
     largest: Mapping[str, int]
     """The largest rank that may be asked for, by module; a module is missing where it is not known."""
     values: Mapping[str, Tensor]
-    """Stage 1: the sparse delta along the permutation, at the largest budget so far; empty in stage 2."""
+    """Stage 1: the sparse delta along the permutation, at the largest budget of the last round; empty in stage 2."""
     start: Mapping[str, LowRank]
     """Stage 2: modules whose SVD still waits for its first update (fedavg takes the rank from there)."""
     inner: Any
@@ -107,7 +107,11 @@ def dense(state: State, module: str) -> Tensor:
 
 
 def average(state: State, updates: Iterable[ClientUpdate]) -> State:
-    """Stage 1: Σ p_i δ_i, by module over the clients that have it; entries outside a client's mask count as zero."""
+    """Stage 1: Σ p_i δ_i, by module over the clients that have it.
+
+    Entries outside a client's mask count as zero: at unequal budgets those that few clients train shrink, as directions do in
+    flexlora, and are gone after a round without their holders.
+    """
     sums: dict[str, Tensor] = {}
     totals: dict[str, float] = {}
     came = False
@@ -126,11 +130,8 @@ def average(state: State, updates: Iterable[ClientUpdate]) -> State:
     return replace(state, round=state.round + 1, values={**state.values, **values})
 
 
-def begin(state: State, then: str, whole: Method) -> State:
-    """The switch to stage 2: the successor gets the accumulated delta as if one client had trained it.
-
-    whole: the successor in a form that takes a single client's update as it is.
-    """
+def begin(state: State, then: str, successor: Method) -> State:
+    """The switch to stage 2: the successor, called `then`, gets the accumulated delta as if one client had trained it."""
     start: dict[str, LowRank] = {}
     for module, values in state.values.items():
         if not values.any():
@@ -142,11 +143,7 @@ def begin(state: State, then: str, whole: Method) -> State:
             start[module] = lowrank.truncate(dense(state, module), state.largest.get(module, min(state.shapes[module])))
     if then == "fedavg":
         return replace(state, values={}, start=start)
-    inner = state.inner
-    if start:
-        update = ClientUpdate(-1, 1.0, start, sent=None, scaling=dict.fromkeys(start, 1.0))
-        inner = whole.aggregate(inner, [update])
-    return replace(state, values={}, inner=inner)
+    return replace(state, values={}, inner=started(successor, state.inner, start) if start else state.inner)
 
 
 def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Method:
@@ -162,9 +159,6 @@ def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Met
     if sparse_rounds < 1:
         raise FlexLoraError(f"slora: sparse_rounds is {sparse_rounds}, it must be at least 1")
     successor = get_method(then, **options)
-    # The start is no increment of a round: it counts in full, and leaves no momentum.
-    plain = {**options, "eta": 1.0, "momentum": 0.0} if then == "flexlora-carry" else options
-    whole = get_method(then, **plain)
 
     def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
         largest = {m: max(r[m] for r in levels if m in r) for m in shapes if any(m in r for r in levels)}
@@ -174,7 +168,7 @@ def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Met
     def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
         if state.round < sparse_rounds:
             state = average(state, updates)
-            return begin(state, then, whole) if state.round == sparse_rounds else state
+            return begin(state, then, successor) if state.round == sparse_rounds else state
         brought: set[str] = set()
 
         def noted() -> Iterable[ClientUpdate]:
@@ -208,7 +202,12 @@ def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Met
             return {m: lowrank.factored(dense(state, m)) for m in state.shapes}
         return {**successor.delta(state.inner), **state.start}
 
-    return Method(init, aggregate, distribute, delta, equal_ranks=successor.equal_ranks, personal=successor.personal)
+    def figures(state: State) -> Mapping[str, float]:
+        return successor.figures(state.inner) if successor.figures and state.round > sparse_rounds else {}
+
+    return replace(
+        successor, init=init, aggregate=aggregate, distribute=distribute, delta=delta, start=None, figures=figures
+    )
 
 
 register(

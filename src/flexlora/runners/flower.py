@@ -12,12 +12,13 @@ import os
 import re
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import httpx
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -47,9 +48,13 @@ CAPABILITIES = "query.capabilities"
 POLL = 0.5
 """Seconds between two looks for answers."""
 QUERY_TIMEOUT = 120.0
-"""Seconds that a site has to say what it can do; it is asked again in the next round."""
+"""Seconds that a site is waited for, once, to say what it can do. Later answers are taken when they are there."""
 DAY_HALF = 43200.0
 """Flower's own limit for a message."""
+GRACE = 60.0
+"""Seconds by which Flower gives up later than we do."""
+ON_THE_WAY = (OSError, httpx.HTTPError)
+"""What Flower raises for trouble on the way; anything else comes of a reply whose pieces make no message."""
 
 
 # --- messages ----------------------------------------------------------------------------------------------------------
@@ -91,6 +96,15 @@ class Seat:
     info: ClientInfo
 
 
+@dataclass(frozen=True)
+class Question:
+    """What a node was asked: how long it is waited for, and when the message lapses, both as time.monotonic()."""
+
+    node: int
+    patience: float
+    lapse: float
+
+
 class FlowerRunner:
     """Sends tasks to the sites over a grid. Each site is one client; its number is the `partition-id` of its node config."""
 
@@ -99,26 +113,39 @@ class FlowerRunner:
         self._dtype = getattr(torch, config.wire_dtype)
         self._nodes: dict[int, tuple[int, ClientInfo] | None] = {}
         """Node -> (client, what it said), None where it said nothing that can be used."""
+        self._asked: dict[str, Question] = {}
+        """Message -> question that has no answer yet."""
+        self._silent: set[int] = set()
+        """Nodes that were waited for in vain."""
+        self._seated: dict[int, int] = {}
+        """Client -> node that had its seat when last looked."""
+        self._doubles: set[int] = set()
+        """Nodes of which a line has said that their seat is taken."""
         self._admitted: dict[int, ClientInfo] = {}
 
     def seats(self) -> dict[int, Seat]:
-        """Client -> where it sits, of the sites that are connected now; new ones are asked what they can do."""
-        present = sorted(self._grid.get_node_ids())
-        self._ask([node for node in present if node not in self._nodes])
+        """Client -> where it sits, of the sites that are connected now; new ones are asked what they can do.
+
+        Who sits keeps the seat: a site that comes later and states the same number is left out while the first one is there.
+        """
+        present = set(self._grid.get_node_ids())
+        self._ask(present)
         # A site that comes back may have changed its mind.
         self._nodes = {node: said for node, said in self._nodes.items() if node in present}
+        first = set(self._seated.values())
         seats: dict[int, Seat] = {}
-        for node in present:
-            said = self._nodes.get(node)
+        for node in sorted(self._nodes, key=lambda node: (node not in first, node)):
+            said = self._nodes[node]
             if said is not None:
                 number, info = said
-                if number in seats:
-                    self._nodes[node] = None
+                if number not in seats:
+                    seats[number] = Seat(node, info)
+                elif node not in self._doubles:
+                    self._doubles.add(node)
                     self._note(
                         f"site {number} is connected twice; node {node} is left out: give it another partition-id"
                     )
-                else:
-                    seats[number] = Seat(node, info)
+        self._seated = {number: seat.node for number, seat in seats.items()}
         return seats
 
     def wait(self) -> dict[int, Seat]:
@@ -182,6 +209,9 @@ class FlowerRunner:
                 pending[message] = task
         for message, reply in self._replies(list(pending), timeout):
             task = pending.pop(message)
+            if isinstance(reply, str):
+                yield task, ClientFailure(task.client, f"rejected: {reply}")
+                continue
             if reply.has_error():
                 reason = wire.one_line(reply.error.reason or f"error {reply.error.code}", 300)
                 yield task, ClientFailure(task.client, f"its site failed: {reason}")
@@ -195,39 +225,67 @@ class FlowerRunner:
 
     def _send(self, node: int, kind: str, content: RecordDict, round: int, ttl: float) -> str | None:
         """The message's id; None where it was refused."""
-        # Flower itself gives up a little later than we do.
-        message = Message(content, node, kind, ttl=ttl + 60, group_id=str(round))
+        message = Message(content, node, kind, ttl=ttl + GRACE, group_id=str(round))
         return next(iter(self._grid.push_messages([message])), None)
 
-    def _replies(self, messages: Sequence[str], timeout: float) -> Iterator[tuple[str, Message]]:
-        """(id of the message, reply) until all are there or time is up. An error's sender is the SuperLink: ids are matched."""
-        waiting, end = set(messages), time.monotonic() + timeout
-        while waiting and time.monotonic() < end:
-            for reply in self._grid.pull_messages(sorted(waiting)):
-                message = reply.metadata.reply_to_message_id
-                if message in waiting:
+    def _replies(self, messages: Sequence[str], timeout: float) -> Iterator[tuple[str, Message | str]]:
+        """(id of the message, reply, or why it cannot be read) until all are there or time is up.
+
+        One at a time: of several that are ready Flower would hold all. And it puts them together before we see them, so that a
+        reply whose pieces make no message raises inside.
+        """
+        waiting, end = sorted(messages), time.monotonic() + timeout
+        while waiting:
+            for message in list(waiting):
+                try:
+                    reply = next(iter(self._grid.pull_messages([message])), None)
+                except ON_THE_WAY:
+                    raise
+                except Exception as error:
+                    waiting.remove(message)
+                    yield message, f"its answer cannot be read ({type(error).__name__})"
+                    continue
+                # An error's sender is the SuperLink: ids are matched.
+                if reply is not None and reply.metadata.reply_to_message_id == message:
                     waiting.remove(message)
                     yield message, reply
+            if time.monotonic() >= end:
+                return
             if waiting:
                 time.sleep(POLL)
 
-    def _ask(self, nodes: Sequence[int]) -> None:
-        """Ask nodes what they can do; what they say is capped, and a line says so."""
-        sent = {
-            self._send(node, CAPABILITIES, records(Parcel("{}"), self._run), 0, QUERY_TIMEOUT): node for node in nodes
-        }
-        sent.pop(None, None)
-        for message, reply in self._replies([m for m in sent if m is not None], QUERY_TIMEOUT):
-            node = sent[message]
+    def _ask(self, present: Set[int]) -> None:
+        """Ask nodes that have said nothing yet what they can do, and take what they say, capped; a line says so.
+
+        A node is waited for once. One that was silent is asked again when its question has lapsed, and not waited for.
+        """
+        now = time.monotonic()
+        self._silent &= present
+        self._asked = {m: q for m, q in self._asked.items() if q.node in present and now < q.lapse}
+        asked = {question.node for question in self._asked.values()}
+        for node in sorted(present - set(self._nodes) - asked):
+            message = self._send(node, CAPABILITIES, records(Parcel("{}"), self._run), 0, QUERY_TIMEOUT)
+            if message is not None:
+                patience = 0.0 if node in self._silent else QUERY_TIMEOUT
+                self._asked[message] = Question(node, now + patience, now + QUERY_TIMEOUT + GRACE)
+        wait = max((question.patience for question in self._asked.values()), default=now) - time.monotonic()
+        for message, reply in self._replies(list(self._asked), wait):
+            node = self._asked.pop(message).node
             try:
-                if reply.has_error():
-                    raise FlexLoraError(wire.one_line(reply.error.reason, 300))
+                if isinstance(reply, str) or reply.has_error():
+                    raise FlexLoraError(reply if isinstance(reply, str) else wire.one_line(reply.error.reason, 300))
                 self._nodes[node] = self._capped(*stated(parcel_of(reply.content)[0].facts))
             except FlexLoraError as error:
                 self._nodes[node] = None
                 self._note(f"node {node} takes no part: {error}")
+        for node in sorted({question.node for question in self._asked.values()} - self._silent):
+            self._silent.add(node)
+            self._note(f"node {node} has not said in {QUERY_TIMEOUT:g} s what it can do; it takes part once it does")
 
     def _capped(self, number: int, info: ClientInfo) -> tuple[int, ClientInfo]:
+        sites = self._config.num_clients
+        if self._config.dp_noise and sites is not None and number >= sites:
+            raise FlexLoraError(f"site {number}: the noise is for the {sites} sites 0 to {sites - 1} (num_clients)")
         for name, most in (("rank", self._config.max_rank), ("examples", self._config.max_examples)):
             said = getattr(info, name)
             if said is not None and most is not None and said > most:

@@ -6,6 +6,7 @@ import datetime
 import ipaddress
 import json
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -137,8 +138,17 @@ flower-supernode --superlink {host}:{port} --root-certificates ca.crt --auth-sup
 def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: int = 8000) -> None:
     """Write the folder of a federation whose SuperLink is reached at host:port.
 
-    Raises FlexLoraError where something stands there already, or flwr is missing.
+    Raises FlexLoraError where something stands there already, flwr is missing, or a value cannot be.
     """
+    if sites < 1:
+        raise FlexLoraError(f"sites: {sites} is none; give a whole number from 1")
+    if not 0 < port < 2**16:
+        raise FlexLoraError(f"port: {port} is none; give a whole number from 1 to 65535")
+    if not _is_host(host):
+        raise FlexLoraError(
+            f"host: {host!r} is neither a host name nor an address; write at most 64 letters (a-z), digits, dots and "
+            "hyphens, a name in other letters as xn--…"
+        )
     if find_spec("flwr") is None:
         raise FlexLoraError("flower init: Flower is not installed; `pip install flexlora[flower]`")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -182,6 +192,14 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
         smollm2=gguf.VERSION,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _is_host(host: str) -> bool:
+    """Whether a certificate can name it: an IP address, or a host name no longer than a common name may be."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return len(host) <= 64 and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", host) is not None
 
 
 def run_keys(sites: int, runs: Path) -> str:

@@ -46,6 +46,14 @@ def ray_runner(config: Config, kept: Path, clients: Sequence[int], settings: Loc
             f"ray_address: {where} cannot be reached ({' '.join(str(error).split())[:200]}); "
             "check the address, or choose --runner local"
         ) from None
+    for kind, each, option in (("CPU", threads, "workers"), ("GPU", config.worker_gpus, "worker_gpus")):
+        needed, there = config.workers * each, ray.cluster_resources().get(kind, 0.0)
+        if needed > there + 1e-6:  # Ray would wait for it without a word
+            ray.shutdown()
+            raise FlexLoraError(
+                f"{option}: {config.workers} workers need {needed:g} {kind}s and Ray has {there:g}; lower --workers"
+                + (" or --worker_gpus" if kind == "GPU" else ", or have more machines join first")
+            )
     recipe = Recipe(config, kept.resolve(), threads)
     return RayRunner(
         lambda number: Actor(recipe),
