@@ -20,6 +20,7 @@ from flexlora.methods import get_method
 from flexlora.randomness import generator
 from flexlora.rundir import Run, create_run, read_metrics
 from flexlora.standing import Setup, Standing, first_standing, last_standing
+from flexlora.tables import outcome
 from flexlora.types import (
     ClientFailure,
     ClientInfo,
@@ -248,6 +249,37 @@ class SavedLosses(ListedLosses):
 
     def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
         modeling.save_adapter(folder, adapter, base_model="m", about={"round": facts["round"]})
+
+
+class CountedScores(SavedLosses):
+    """Held-out scores tell which adapter they are of, by its size."""
+
+    def evaluate(self, adapter: Any, by_rank: Mapping[str, Any]) -> Mapping[str, Any]:
+        size = sum(float(x.B.norm()) for x in adapter.values())
+        return {"rougeL": size, "loss": size, "exact_match": 0.0, "loss_by_rank": {}}
+
+
+def test_the_best_round_is_scored_when_the_run_ends(tmp_path: Path) -> None:
+    losses = (5.0, 1.0, 3.0, 3.0, 3.0, 3.0)
+
+    def played(folder: Path, every: int, **keys: Any) -> Run:
+        setup = replace(setup_of(folder, losses=losses, rounds=5, eval_every=every, **keys), scorer=CountedScores(losses))
+        return play(folder, NoisyRunner(), setup)
+
+    each, last = played(tmp_path / "each", 1), played(tmp_path / "last", 5)
+    assert each.metrics[-1]["eval_best"] == {}
+    assert [bool(line["eval"]) for line in last.metrics] == [False] * 4 + [True]
+    assert last.metrics[-1]["eval_best"] == {"round": 2, **each.metrics[1]["eval"]}
+    assert outcome(last)["rougeL"] == outcome(each)["rougeL"] == each.metrics[1]["eval"]["rougeL"]
+    assert last.adapter_round == 2
+    stopped = played(tmp_path / "stopped", 5, early_stop=True, patience=2)
+    assert len(stopped.metrics) == 4
+    assert stopped.metrics[-1]["eval_best"] == last.metrics[-1]["eval_best"]
+    # one that was not scored says nothing of another's scores
+    for line in (lines := last.metrics):
+        line.pop("eval_best", None)
+    (last.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert outcome(last)["rougeL"] is None
 
 
 def test_a_round_without_a_score_is_neither_better_nor_worse(tmp_path: Path) -> None:

@@ -406,6 +406,11 @@ def test_auto_gives_each_client_the_largest_type_that_its_memory_affords(tiny, t
     got = {c["id"]: c["ranks"] for c in done.metrics[0]["clients"]}
     assert (got[0], got[1], got[2]) == ("4", "4", "16")
     assert {got[3], got[4], got[5]} == {"32+16"}
+    # flora sends a term for the base as well, up to full rank: matrices of 32 x 32, 32 x 16 and 32 x 48, held twice in float32
+    beside = 2 * 4 * 2 * (2 * 32 * (32 + 32) + 2 * 16 * (32 + 16) + 3 * 32 * (32 + 48))
+    memory = {"0": budgets[1] + beside - 1, "default": budgets[1] + beside}
+    done = run(config(tiny, tmp_path, **{**keys, "client_memory": memory, "name": "flora", "method": "flora"}))
+    assert [c["ranks"] for c in done.metrics[0]["clients"]] == ["4", *["16"] * 5]
     for stated, line in (
         ({"0": "1GB"}, "client 1 has stated none"),
         ({"default": "1MB"}, "cannot train even the smallest"),

@@ -137,7 +137,7 @@ class Config(BaseModel):
     """Batches of examples of like length: less padding, less random."""
 
     eval_every: int = key(5, "Evaluation", ge=0)
-    """Generate and score global_test.json every so many rounds and after the last; 0: never."""
+    """Generate and score global_test.json every so many rounds and after the last, then also the best one; 0: never."""
     eval_examples: int | None = key(None, "Evaluation", ge=1)
     """At most that many held-out examples; null: all."""
     max_new_tokens: int = key(64, "Evaluation", ge=1)

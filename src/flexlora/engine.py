@@ -111,6 +111,8 @@ def finish_round(setup: Setup, runner: Runner, run: Run, standing: Standing, not
         last = number == config.rounds or standing.stopped is not None
         due = config.eval_every > 0 and (last or number % config.eval_every == 0)
         line["eval"] = dict(evaluate(setup, standing, adapter)) if due else {}
+        if due and last:
+            line["eval_best"] = evaluate_best(setup, run, standing)
     standing = replace(standing, energy=energy_beyond(method, standing.state, standing.table))
     line["energy"] = dict(standing.energy)
     line |= method.figures(standing.state) if method.figures else {}
@@ -321,15 +323,44 @@ def restore_adapter(setup: Setup, run: Run, standing: Standing) -> None:
     best = standing.best_round
     if best is None:
         shutil.rmtree(run.adapter, ignore_errors=True)
-    elif not setup.method.personal and run.adapter_round != best:
-        if best != standing.round:
-            try:
-                standing = standing_of(best, *read_checkpoint(checkpoint_folder(run.checkpoints, best), standing.state))
-            except DamagedError:
-                return  # nothing to make it from
-        adapter = global_adapter(setup.method, standing.state, ranks.largest(standing.table.values()))
-        line = next((line for line in run.metrics if line["round"] == best), {"round": best})
-        save_adapter(setup, run, adapter, line)
+    elif not setup.method.personal and run.adapter_round != best and (then := best_standing(run, standing)):
+        adapter = global_adapter(setup.method, then.state, ranks.largest(then.table.values()))
+        save_adapter(setup, run, adapter, line_of(run, best))
+
+
+def best_standing(run: Run, standing: Standing) -> Standing | None:
+    """The standing of the best round; None where its checkpoint is not whole."""
+    best = standing.best_round
+    if best is None or best == standing.round:
+        return standing
+    try:
+        return standing_of(best, *read_checkpoint(checkpoint_folder(run.checkpoints, best), standing.state))
+    except DamagedError:
+        return None
+
+
+def line_of(run: Run, round: int) -> dict[str, Any]:
+    """The line of metrics.jsonl of a round."""
+    return next((line for line in run.metrics if line["round"] == round), {"round": round})
+
+
+def evaluate_best(setup: Setup, run: Run, standing: Standing) -> dict[str, Any]:
+    """Held-out scores of the best round, with its number, where that is an earlier one without any; its adapter's card tells them.
+
+    {} where there is nothing to score.
+    """
+    best = standing.best_round
+    if best is None or best == standing.round or setup.method.personal:
+        return {}
+    line, then = line_of(run, best), best_standing(run, standing)
+    if line.get("eval") or then is None:
+        return {}
+    adapter = global_adapter(setup.method, then.state, ranks.largest(then.table.values()))
+    scores = dict(evaluate(setup, then, adapter))
+    if not scores:
+        return {}
+    save_adapter(setup, run, adapter, {**line, "eval": scores})
+    return {"round": best, **scores}
 
 
 def save_adapter(setup: Setup, run: Run, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:

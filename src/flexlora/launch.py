@@ -47,6 +47,9 @@ NOT_ROBUST = {
 }
 """Method -> why `robust` promises nothing there."""
 
+BASE_DELTA = ("flora", "florist")
+"""Methods of unequal ranks that send clients a low-rank term for the base."""
+
 DP_INSTEAD = {"robust": "clips and weighs alike", "min_clients": "counts every round, whoever came"}
 
 
@@ -236,11 +239,14 @@ def rank_plan(config: Config, hidden_size: int, clients: Iterable[int]) -> RankP
     )
     work = Workload(config.micro_batch_size, config.cutoff_len, config.optimizer, config.lora_dropout)
     needed = type_memories(empty, plan, work)
+    # What such a method sends beside the adapter grows to full rank, and a client holds it twice, in float32.
+    full = sum(min(shape) * sum(shape) for shape in empty.shapes.values())
+    beside = 2 * 4 * full if config.method_name in BASE_DELTA else 0
     chosen: dict[int, str] = {}
     for client, budget in stated_memory(config, clients).items():
-        best = affordable(needed, budget)
+        best = affordable(needed, budget - beside)
         if best is None:
-            least = min(memory.total for memory in needed.values()) / 1e9
+            least = (beside + min(memory.total for memory in needed.values())) / 1e9
             raise FlexLoraError(
                 f"client_memory: client {client} cannot train even the smallest rank type, which needs {least:.2f} GB; "
                 "lower --micro_batch_size or --cutoff_len, or leave it out"

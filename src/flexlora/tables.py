@@ -77,7 +77,9 @@ def outcome(run: Run) -> dict[str, Any]:
     """The figures of a run's best round that a comparison shows."""
     lines = run.metrics
     best = next((line for line in lines if line["round"] == run.best_round), lines[-1] if lines else {})
-    scored = best.get("eval") or next((line["eval"] for line in reversed(lines) if line["eval"]), {})
+    # The run's last line has them where the best round was not scored in its turn.
+    later = next((line["eval_best"] for line in reversed(lines) if line.get("eval_best")), {})
+    scored = best.get("eval") or (later if later.get("round") == best.get("round") else {})
     energy = best.get("energy") or {}
     return {
         "rounds": len(lines),
