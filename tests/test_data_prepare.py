@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from flexlora.cli import main
 from flexlora.data.federation import open_federation
 from flexlora.data.inspection import inspect, inspection_table
 from flexlora.data.natural_instructions import prepare
@@ -52,10 +53,13 @@ def checkout(tmp_path: Path) -> Path:
     task(tasks / "task1000_d.json", 40)
     task(tasks / "task003_german.json", 50, Output_language=["German"])
     task(tasks / "task004_unlisted.json", 50)
+    task(tasks / "task005_same_source.json", 50)
+    task(tasks / "task006_french.json", 50, Input_language=["French"])
     task(tasks / "task039_held.json", 60, Categories=["Title Generation"])
     task(tasks / "task1586_held.json", 30, Categories=["Textual Entailment"])
     (lists / "train_tasks.txt").write_text("task1000_d\ntask002_b\ntask010_c\ntask003_german\n")
     (lists / "test_tasks.txt").write_text("task1586_held\ntask039_held\n")
+    (lists / "excluded_tasks.txt").write_text("task005_same_source\ntask006_french\ntask999_not_here\n")
     return root
 
 
@@ -110,11 +114,35 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(checkout:
     assert {p.name for p in tmp_path.iterdir()} == {"natural-instructions", "a", "b", "c"}
 
 
-def test_all_languages_takes_every_task_that_is_not_held_out(checkout: Path, tmp_path: Path):
+def test_all_languages_takes_every_task_but_those_that_leak_what_is_held_out(checkout: Path, tmp_path: Path):
+    """English tasks are excluded for the source that they share with a test task, others for their language alone."""
     done = prepare(checkout, tmp_path / "out", languages="all", fraction=1.0)
-    assert done.clients == 5
-    names = [row["task"] for row in json.loads((tmp_path / "out" / "manifest.json").read_text())["clients"]]
-    assert names == ["task002_b", "task003_german", "task004_unlisted", "task010_c", "task1000_d"]
+    assert done.clients == 6
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert [row["task"] for row in manifest["clients"]] == [
+        *("task002_b", "task003_german", "task004_unlisted", "task006_french", "task010_c", "task1000_d")
+    ]
+    assert manifest["excluded"] == 1
+    # However many are asked for, none of them leaks.
+    assert prepare(checkout, tmp_path / "some", languages="all", max_clients=9).clients == 6
+
+
+def test_all_languages_needs_the_list_of_what_leaks_and_english_does_not(checkout: Path, tmp_path: Path):
+    (checkout / "splits" / "default" / "excluded_tasks.txt").unlink()
+    with pytest.raises(FlexLoraError, match=r"excluded_tasks\.txt: missing or not text: give a complete"):
+        prepare(checkout, tmp_path / "all", languages="all")
+    prepare(checkout, tmp_path / "english")
+    assert json.loads((tmp_path / "english" / "manifest.json").read_text())["excluded"] == 0
+
+
+def test_the_command_says_that_other_languages_may_leak(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for languages in ("english", "all"):
+        options = ["--source", str(checkout), "--out", str(tmp_path / languages), "--languages", languages]
+        main(["data", "prepare", *options])
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("tasks in other languages may hold" in said) == (languages == "all")
 
 
 def test_max_clients_draws_tasks_by_the_seed(checkout: Path, tmp_path: Path):

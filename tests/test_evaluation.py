@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import string
+import unicodedata
 from statistics import fmean
 from typing import Any
 
@@ -124,6 +125,36 @@ def test_rouge_l_sees_other_scripts():
     assert rouge_l(["今日は"], "今日も") == pytest.approx(2 / 3)
     assert rouge_l(["über alles"], "über") == pytest.approx(2 / 3)
     assert rouge_l(["使用Python语言"], "Python") == pytest.approx(2 / 6)
+
+
+@pytest.mark.parametrize(
+    ("reference", "other"),
+    [
+        ("की", "का"),  # Hindi vowel signs
+        ("কি", "কে"),  # Bengali
+        ("தீ", "தா"),  # Tamil
+        ("\u0643\u064e\u062a\u064e\u0628\u064e", "\u0643\u064f\u062a\u0650\u0628\u064e"),  # Arabic: wrote, was written
+        ("\u05e9\u05c1\u05b8\u05dd", "\u05e9\u05c2\u05b8\u05dd"),  # pointed Hebrew: there, put
+        ("می\u200cخواهم", "می خواهم"),  # Persian, a zero-width non-joiner inside the word
+        ("ক্\u200dষ", "ক্ষ"),  # a zero-width joiner
+    ],
+)
+def test_rouge_l_keeps_vowel_signs_in_their_word(reference, other):
+    assert rouge_l([reference], other) == 0
+    assert rouge_l([reference], f"({reference})") == 1
+
+
+def test_rouge_l_takes_composed_and_decomposed_letters_as_one():
+    for text in ("über café", "Việt Nam", "한국어", "が"):
+        one, other = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        assert one != other
+        assert rouge_l([one], other) == rouge_l([other], one) == 1
+    assert rouge_l([unicodedata.normalize("NFD", "café")], "cafe") == 0
+    assert rouge_l(["наш дом \u0301"], "наш дом") == 1  # a mark alone is no word
+    assert rouge_l(["กิน"], "กา") == pytest.approx(2 / 5)  # Thai: a vowel sign is a character like any other
+    for prediction in ("cafe\u0301", "café"):  # an ASCII reference: rouge-score as it is
+        plain = RougeScorer(["rougeL"], use_stemmer=True).score("cafe", prediction)["rougeL"].fmeasure
+        assert rouge_l(["cafe"], prediction) == plain
 
 
 def test_exact_match():

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    RwkvConfig,
+    RwkvForCausalLM,
+)
 from transformers import MistralForCausalLM as Mistral
 
 from flexlora import decoding, generation
@@ -188,11 +201,38 @@ def test_absolute_positions_and_architectures_without_slots(tiny):
                 **sizes,
             )
         )
-    for network, slots in ((gpt2, True), (window, False)):
+        neo: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "max_position_embeddings": 128,
+            **sizes,
+        }
+        local = GPTNeoForCausalLM(GPTNeoConfig(attention_types=[[["global", "local"], 1]], window_size=16, **neo))
+        everywhere = GPTNeoForCausalLM(GPTNeoConfig(attention_types=[[["global"], 2]], **neo))
+    assert min(map(len, PROMPTS)) < 16 < max(map(len, PROMPTS))
+    for network, slots in ((gpt2, True), (window, False), (local, False), (everywhere, True)):
         network = network.double().eval()
-        assert has_slots(network) is slots
         expected = [oracle(network, tokenizer, p, 8) for p in PROMPTS]
+        assert len(set(expected)) > 3
         assert generate(network, tokenizer, PROMPTS, max_new_tokens=8, batch_size=3) == expected
+        assert has_slots(network) is slots
+
+
+def test_a_state_that_is_no_cache_of_keys(tiny):
+    tokenizer = tiny[1]
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2}
+    sizes |= {"bos_token_id": 256, "eos_token_id": 257, "pad_token_id": 258}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        networks = MambaForCausalLM(MambaConfig(initializer_range=0.3, **sizes)), RwkvForCausalLM(RwkvConfig(**sizes))
+    for network in networks:
+        head: Any = network.get_output_embeddings()
+        torch.nn.init.normal_(head.weight, generator=torch.Generator().manual_seed(2))  # texts that differ
+        expected = [oracle(network.eval(), tokenizer, p, 8) for p in PROMPTS]
+        assert len(set(expected)) > 3
+        assert generate(network, tokenizer, PROMPTS, max_new_tokens=8, batch_size=3) == expected
+        assert "".join(stream(network, tokenizer, PROMPTS[0], max_new_tokens=8)) == expected[0]
 
 
 def test_logits_only_where_they_are_asked_for(tiny):

@@ -78,13 +78,17 @@ def test_the_largest_that_fits() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("8GB", 8 * 2**30), ("1.5 GiB", 3 * 2**29), ("500m", 500 * 2**20), ("7", 7), (2**33, 2**33)]
+    ("text", "size"),
+    [
+        *(("8GB", 8 * 10**9), ("1.5 GiB", 3 * 2**29), ("500m", 500 * 10**6), ("2kb", 2000), ("64 Mi", 2**26)),
+        *(("1TiB", 2**40), ("7", 7), ("7 B", 7), ("1e9", 10**9), (2**33, 2**33)),
+    ],
 )
 def test_sizes(text: str | int, size: int) -> None:
     assert read_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["much", "-1GB", "", "nan", "8 potatoes"])
+@pytest.mark.parametrize("text", ["much", "-1GB", "", "nan", "GB", "8iB", "8 potatoes"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(FlexLoraError, match="is no size; write one as 8GB"):
         read_bytes(text)

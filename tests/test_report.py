@@ -19,9 +19,9 @@ from flexlora import charts, lowrank
 from flexlora.cli import main
 from flexlora.config import Config
 from flexlora.launch import run as launch
-from flexlora.report import duration, run_page, table, write_report
+from flexlora.report import duration, page, run_page, table, write_report
 from flexlora.rundir import Run, open_run
-from flexlora.spectrum import advised_ranks, beyond, place, spectra
+from flexlora.spectrum import advised_ranks, beyond, by_kind, place, spectra
 from flexlora.trained import standing_at
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
@@ -139,6 +139,20 @@ def test_place_reads_the_layer_out_of_a_name() -> None:
     assert place("proj") == ("proj", 0)
 
 
+def test_modules_of_one_name_in_a_layer_are_kinds_of_their_own() -> None:
+    """GPT-BigCode has c_proj twice in each layer; what is alike in its last two parts is told by more of them."""
+    names = [f"h.{i}.{x}" for i in (0, 1) for x in ("attn.c_attn", "attn.c_proj", "mlp.c_proj")]
+    names += ["h.0.a.gate.w", "h.0.b.gate.w"]
+    kinds = by_kind({name: torch.tensor([float(i)]) for i, name in enumerate(names)})
+    assert {kind: [int(x) for x in layers.values()] for kind, layers in kinds.items()} == {
+        "c_attn": [0, 3],
+        "attn.c_proj": [1, 4],
+        "mlp.c_proj": [2, 5],
+        "a.gate.w": [6],
+        "b.gate.w": [7],
+    }
+
+
 def test_a_band_is_mean_and_deviation() -> None:
     mean, band = charts.banded("g", {1: [1.0, 3.0], 2: [5.0]}, 0)
     assert mean["y"] == [2.0, 5.0]
@@ -175,6 +189,17 @@ def test_a_name_cannot_break_out_of_the_page(runs: list[Run], tmp_path: Path) ->
     assert evil not in page
     assert html.escape(evil) in page
     assert figures(page)
+
+
+def test_text_that_looks_like_a_field_of_the_page_is_left_alone() -> None:
+    text = "{{title}} {{figures}} {{library}} {{body}}"
+    chart = charts.Chart("t", "n", [charts.line(text, [0], [1.0])])
+    made = page(text, "", "", {"s": ([chart], "")}, text)
+    assert made.count(text) == 4  # title, heading, chart, end
+    assert figures(made)[0]["traces"][0]["name"] == text
+    library = re.search(r'id="library">(.*?)</script>', made, re.DOTALL)
+    assert library
+    assert b"Plotly" in gzip.decompress(base64.b64decode(library[1]))
 
 
 def test_without_a_checkpoint_the_page_says_what_is_missing(runs: list[Run], tmp_path: Path) -> None:

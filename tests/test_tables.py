@@ -15,8 +15,22 @@ from rich.console import Console
 
 from flexlora import ranks
 from flexlora.config import Config
+from flexlora.data.federation import open_federation
+from flexlora.evaluation import Scores
+from flexlora.memory import Memory
 from flexlora.rundir import Run
-from flexlora.tables import comparison_table, grouped, mean_deviation, report_table, spectrum_table
+from flexlora.tables import (
+    comparison_table,
+    demo_clients_table,
+    demo_scores_table,
+    grouped,
+    mean_deviation,
+    memory_table,
+    ranks_table,
+    report_table,
+    scores_table,
+    spectrum_table,
+)
 
 
 def write_run(folder: Path, losses: Sequence[float], failed: int = 0, scored: bool = True, **keys: Any) -> Run:
@@ -144,3 +158,28 @@ def test_spectrum_table_names_the_largest_rank_needed() -> None:
 def test_clients_of_one_label_are_counted_together() -> None:
     table = [{"a": 4, "b": 8}, {"a": 8, "b": 4}, {"a": 2, "b": 2}, {"a": 2, "b": 2}]
     assert ranks.counts(table) == {"2": 2, "4+8": 1, "8+4": 1}
+
+
+@pytest.mark.parametrize("name", ["maths [/easy]", "maths [bold]"])
+def test_names_from_data_and_configuration_are_no_markup(name: str, tmp_path: Path) -> None:
+    part = {"examples": 1, "rougeL": 0.5, "exact_match": 0.5, "loss": 1.0}
+    scores = Scores(1, 0.5, 0.5, 0.5, 1.0, 0.5, {name: part}, [])
+    plan = ranks.read_plan({"types": {name: {"[/q]": 4, "*": 8}}, "shares": {name: 1.0}}, lora_r=8, hidden_size=64)
+    run = write_run(tmp_path / "r", [2.0], method_options={"eta": name})
+    lines = run.metrics
+    lines[0]["clients"] = [lines[0]["clients"][0] | {"examples": 3, "loss": 1.0}]
+    (run.folder / "metrics.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    for kind in ("training", "eval", "test"):
+        record = {"instruction": "i", "input": "", "output": "o", "category": name}
+        (tmp_path / f"local_{kind}_0.json").write_text(json.dumps([record]))
+    tables = {
+        "scores": scores_table(scores),
+        "ranks": ranks_table(plan, 1, 0),
+        "memory": memory_table(plan, {name: Memory(1, 1, 1, 1)}, None),
+        "comparison": comparison_table([run.folder]),
+        "demo": demo_scores_table({name: {"base": scores, "federated": scores}}),
+        "clients": demo_clients_table(run, open_federation(tmp_path, 1)),
+    }
+    for what, table in tables.items():
+        assert name in " ".join(printed(table)), what
+    assert "[/q] 4" in " ".join(printed(tables["ranks"]))

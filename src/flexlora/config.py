@@ -97,8 +97,8 @@ class Config(BaseModel):
     """homo, random, heavy_tail, heavy_tail_strong, normal (`:release` for the old shares), a YAML file or map with types and
     shares or clients, or auto: the largest that fits each client's stated memory (client_memory)."""
     client_memory: dict[str, Any] = key({}, "Method")
-    """With ranks auto: client = memory for training, e.g. 0=2GB, with `default` for the others; each trains the largest rank
-    type that fits."""
+    """With ranks auto: client = memory for training, e.g. 0=2GB (or 2GiB, of 2³⁰ bytes each), with `default` for the others; each
+    trains the largest rank type that fits."""
     method_options: dict[str, Any] = key({}, "Method")
     """Options of the method beyond the keys here, e.g. eta=0.5 (a map in YAML, key=value as a flag)."""
     sparse_rounds: int = key(5, "Method", "R_1", ge=1)

@@ -3,7 +3,7 @@
 Rows of a batch are independent: each holds its keys and values in its own slots, the token at position p in slot p.
 So a row that has finished leaves at once, another takes its place, and prompts that begin alike (the chat preamble,
 the instruction of one task) have their common beginning read once and copied. The tokens are those of greedy
-`network.generate`, one prompt at a time, up to rounding where two tokens are equally likely.
+`network.generate` without logits processors, one prompt at a time, up to rounding where two tokens are equally likely.
 """
 
 from __future__ import annotations
@@ -67,8 +67,10 @@ def has_slots(network: nn.Module) -> bool:
     """Whether `network` attends to everything before a token and takes positions and a mask for each row."""
     config = network.config.get_text_config()  # pyright: ignore[reportCallIssue, reportAttributeAccessIssue]
     layers = getattr(config, "layer_types", None) or ["full_attention"]
+    neo_layers = getattr(config, "attention_layers", None) or ["global"]  # GPT-Neo's name and words for them
     return (
         set(layers) == {"full_attention"}
+        and set(neo_layers) == {"global"}
         and (not getattr(config, "sliding_window", None) or not getattr(config, "use_sliding_window", True))
         and not getattr(config, "alibi", False)
         and not getattr(network, "_is_stateful", False)

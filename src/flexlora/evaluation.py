@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -117,16 +118,26 @@ def _batches(lengths: Sequence[int], batch_size: int, most: int) -> list[list[in
 
 
 class _UnicodeWords:
-    """Words of any script; a character of a script without spaces is a word (rouge-score's own drops all but ASCII)."""
+    """Words of any script; a character of a script without spaces is a word (rouge-score's own drops all but ASCII).
+
+    Marks (vowel signs, accents) and the zero-width joiners are no letters to Python, yet part of the word they stand in.
+    """
 
     # CJK ideographs, kana, Thai, Lao, Khmer, Myanmar: written without spaces between words
-    _word = re.compile(
-        r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W_]+?"
-        r"(?=[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[\W_]|$)"
-    )
+    _alone = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
     def tokenize(self, text: str) -> list[str]:
-        return self._word.findall(text.lower())
+        words, inside = [], False
+        for c in unicodedata.normalize("NFC", text).lower():
+            alone = bool(self._alone.match(c))
+            goes_on = inside and (unicodedata.category(c)[0] == "M" or c in "\u200c\u200d")
+            part = not alone and (c.isalnum() or goes_on)
+            if part and inside:
+                words[-1] += c
+            elif part or alone:
+                words.append(c)
+            inside = part
+        return words
 
 
 @cache
@@ -134,6 +145,10 @@ def _scorers() -> tuple[Any, Any]:
     from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], use_stemmer=True), RougeScorer(["rougeL"], tokenizer=_UnicodeWords())
+
+
+def _beyond_ascii(text: str) -> bool:
+    return any(c.isalnum() and not c.isascii() for c in unicodedata.normalize("NFC", text))
 
 
 def rouge_l(references: Sequence[str], prediction: str) -> float:
@@ -144,9 +159,7 @@ def rouge_l(references: Sequence[str], prediction: str) -> float:
     """
     ascii_only, any_script = _scorers()
     return max(
-        (any_script if any(c.isalnum() and not c.isascii() for c in reference) else ascii_only)
-        .score(reference, prediction)["rougeL"]
-        .fmeasure
+        (any_script if _beyond_ascii(reference) else ascii_only).score(reference, prediction)["rougeL"].fmeasure
         for reference in references
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -45,20 +46,24 @@ class _Ending:
 def _one_by_one(
     network: nn.Module, prompt: Sequence[int], max_new_tokens: int, finished: Callable[[list[int]], bool]
 ) -> Iterator[list[int]]:
-    """Greedy decoding that asks for nothing but a cache: the tokens so far, after each new one."""
+    """Greedy decoding that asks for a cache at most: the tokens so far, after each new one."""
     device = next(network.parameters()).device
     ids, cache, tokens = torch.tensor([prompt], device=device), None, []
+    caches = "past_key_values" in inspect.signature(network.forward).parameters
     while len(tokens) < max_new_tokens:
         where = torch.zeros_like(ids, dtype=torch.bool)
         where[:, -1] = True
         with logits_at(network, where):
-            output = network(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+            more = {"past_key_values": cache, "use_cache": True} if caches else {"use_cache": False}
+            output = network(input_ids=ids, **more)
+        cache = getattr(output, "past_key_values", None)
         tokens.append(int(output.logits[0, -1].argmax()))
         yield tokens
         if finished(tokens):
             return
-        ids = torch.tensor([tokens[-1:]], device=device)
+        new = torch.tensor([tokens[-1:]], device=device)
+        # Mamba and RWKV keep their state each under a name of its own: there the whole text is read again
+        ids = new if cache is not None else torch.cat([ids, new], dim=1)
 
 
 def generate(
@@ -75,7 +80,8 @@ def generate(
 
     Args:
         network: a causal language model of transformers; where it has more than full attention over a plain cache
-            (a sliding window, a recurrent state), prompts are decoded one by one.
+            (a sliding window, a recurrent state), prompts are decoded one by one, and without such a cache each token
+            reads the whole text again.
         prompts: token ids, not empty.
         batch_size: rows decoded at once, at most.
         stop: the text ends before the first of them; a special token's name ends it by its number.

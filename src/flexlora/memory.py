@@ -6,6 +6,7 @@ have shapes and no data, and what autograd keeps for the backward pass is added 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -144,17 +145,19 @@ def affordable(memories: Mapping[str, Memory], budget: int) -> str | None:
     return next((name for name in reversed(list(memories)) if memories[name].total <= budget), None)
 
 
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+UNITS = ("", "K", "M", "G", "T")
 
 
 def read_bytes(text: Any) -> int:
-    """Bytes of a size for people: 8GB, 8 GiB, 500M, 1.5g, or plain bytes. Raises FlexLoraError where it is no size."""
-    plain = str(text).strip().upper().removesuffix("B").removesuffix("I").strip()
-    unit = plain[-1:] if plain[-1:] in UNITS and not plain[-1:].isdigit() else ""
+    """Bytes of a size for people: 8GB, 8 GiB, 500M, 1.5g, or plain bytes. Raises FlexLoraError where it is no size.
+
+    Units are powers of ten, as in what is printed, and of two with an i: 1 GB = 1 G = 10⁹, 1 GiB = 1 Gi = 2³⁰.
+    """
+    found = re.fullmatch(r"(.+?)\s*(?:([KMGT])(I?))?B?", str(text).strip().upper())
     try:
-        size = float(plain.removesuffix(unit)) * UNITS[unit]
+        size = float(found[1]) * (1024 if found[3] else 1000) ** UNITS.index(found[2] or "") if found else 0.0
     except ValueError:
         size = 0.0
     if not 0 < size < float("inf"):
-        raise FlexLoraError(f"memory: {text!r} is no size; write one as 8GB or 500MB")
+        raise FlexLoraError(f"memory: {text!r} is no size; write one as 8GB, 8GiB or 500MB")
     return int(size)

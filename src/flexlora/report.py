@@ -6,6 +6,7 @@ import base64
 import gzip
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -157,9 +158,8 @@ def page(title: str, subtitle: str, above: str, sections: Mapping[str, tuple[Seq
     data = json.dumps(_finite(figures), allow_nan=False).replace("<", "\\u003c")
     template = files("flexlora").joinpath("report.html").read_text(encoding="utf-8")
     fields = {"title": html.escape(title), "body": "\n".join(parts), "figures": data, "library": library()}
-    for name in ("title", "figures", "library", "body"):
-        template = template.replace("{{" + name + "}}", fields[name], 1)
-    return template
+    # In one pass: a client's text that looks like a field must not be filled in.
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: fields[found[1]], template)
 
 
 def _finite(value: Any) -> Any:

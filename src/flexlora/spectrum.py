@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import count
 
 import torch
 import yaml
@@ -72,9 +73,25 @@ def place(module: str) -> tuple[str, int]:
 
 
 def by_kind(found: Mapping[str, Tensor]) -> dict[str, dict[int, Tensor]]:
-    """Kind of module -> layer -> singular values, in network order."""
+    """Kind of module -> layer -> singular values, in network order.
+
+    A kind that a layer has twice is told by more of the name: GPT-BigCode's "attn.c_proj" and "mlp.c_proj".
+    """
+    alike: dict[str, list[str]] = {}
+    for module in found:
+        alike.setdefault(place(module)[0], []).append(module)
+    parts = {kind: next(n for n in count(1) if _told(modules, n)) for kind, modules in alike.items()}
     kinds: dict[str, dict[int, Tensor]] = {}
     for module, values in found.items():
         kind, layer = place(module)
-        kinds.setdefault(kind, {})[layer] = values
+        kinds.setdefault(_tail(module, parts[kind]), {})[layer] = values
     return kinds
+
+
+def _tail(module: str, parts: int) -> str:
+    return ".".join(module.split(".")[-parts:])
+
+
+def _told(modules: Sequence[str], parts: int) -> bool:
+    """Whether layer and the last `parts` of the name tell each from each."""
+    return len({(place(module)[1], _tail(module, parts)) for module in modules}) == len(modules)

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -151,7 +152,7 @@ def comparison_table(folders: Sequence[Path]) -> Table:
             mean_deviation([o[k] for o in found], digits).replace(" ± ", "\n± ")
             for k, digits in (("validation", 4), ("loss", 4), ("rougeL", 4), ("energy", 4))
         ]
-        table.add_row(name, str(len(runs)), *cells, f"{statistics.fmean(o['bytes'] for o in found) / 1e6:.1f}")
+        table.add_row(escape(name), str(len(runs)), *cells, f"{statistics.fmean(o['bytes'] for o in found) / 1e6:.1f}")
     return table
 
 
@@ -174,7 +175,7 @@ def scores_table(scores: Scores) -> Table:
     table = _table("category", "examples", "ROUGE-L", "exact match", "loss")
     for category, part in scores.per_category.items():
         row = (shown(part["rougeL"]), shown(part["exact_match"]), shown(part["loss"]))
-        table.add_row(category or "–", str(int(part["examples"])), *row)
+        table.add_row(escape(category) or "–", str(int(part["examples"])), *row)
     table.add_section()
     table.add_row(
         "all examples", str(scores.examples), shown(scores.rougeL), shown(scores.exact_match), shown(scores.loss)
@@ -189,7 +190,7 @@ def ranks_table(plan: RankPlan, clients: int, seed: int) -> Table:
     drawn = Counter(plan.type_of(client, seed) for client in range(clients) if plan.shares or client in plan.clients)
     table = _table("type", "ranks", "share", f"clients of {clients}, seed {seed}")
     for name, rows in plan.types.items():
-        table.add_row(name, _spoken(rows), f"{plan.shares.get(name, 0):.4g}", str(drawn[name]))
+        table.add_row(escape(name), escape(_spoken(rows)), f"{plan.shares.get(name, 0):.4g}", str(drawn[name]))
     return table
 
 
@@ -202,7 +203,7 @@ def memory_table(plan: RankPlan, needed: Mapping[str, Memory], budget: int | Non
     for name, m in needed.items():
         parts = (m.weights, m.adapters, m.optimizer, m.activations, m.process, m.total)
         verdict = [] if budget is None else ["yes" if m.total <= budget else "no"]
-        table.add_row(name, label(plan.types[name]), *(f"{part / 1e6:,.0f}" for part in parts), *verdict)
+        table.add_row(escape(name), label(plan.types[name]), *(f"{part / 1e6:,.0f}" for part in parts), *verdict)
     return table
 
 
@@ -238,7 +239,7 @@ def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
     for title, pair in blocks.items():
         base, federated = pair["base"], pair["federated"]
         table.add_row(
-            f"[bold]{title}[/bold]",
+            f"[bold]{escape(title)}[/bold]",
             str(base.examples),
             shown(base.rougeL),
             f"[bold]{shown(federated.rougeL)}[/bold]",
@@ -248,7 +249,7 @@ def demo_scores_table(blocks: Mapping[str, Mapping[str, Scores]]) -> Table:
         for category, before in base.per_category.items():
             after = federated.per_category[category]
             figures = (shown(part[key]) for key in ("rougeL", "loss") for part in (before, after))
-            table.add_row(f"  {category}", str(int(before["examples"])), *figures)
+            table.add_row(f"  {escape(category)}", str(int(before["examples"])), *figures)
     return table
 
 
@@ -263,7 +264,7 @@ def demo_clients_table(run: Run, federation: Federation) -> Table:
     for number, records in sorted(rows.items()):
         table.add_row(
             str(number),
-            federation.train(number)[0].category,
+            escape(federation.train(number)[0].category),
             records[-1]["ranks"],
             str(records[-1]["examples"]),
             f"{sum(r['bytes_up'] for r in records) / 1e6:.1f}",

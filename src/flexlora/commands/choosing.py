@@ -73,7 +73,7 @@ def ranks(
     model
         Estimate the memory of training this model; only its config.json is read.
     memory
-        What a client can spend, e.g. 8GB: names the largest rank type that fits.
+        What a client can spend, e.g. 8GB (of 10⁹ bytes) or 8GiB (of 2³⁰): names the largest rank type that fits.
     micro_batch_size
         As the key of `flexlora run`.
     cutoff_len

@@ -38,7 +38,7 @@ def prepare(
     fraction
         Share of each task's examples that is drawn.
     languages
-        english, or all.
+        english, or all: less the English tasks that share their source with a held-out one.
     max_clients
         At most that many clients.
     seed
@@ -56,6 +56,8 @@ def prepare(
             seed=seed,
             progress=lambda done, total: status.update(f"reading tasks {done}/{total}"),
         )
+    if languages == "all":
+        console.print("note: tasks in other languages may hold what global_test.json asks: no list names their sources")
     _made(made.clients, made.examples, out)
 
 

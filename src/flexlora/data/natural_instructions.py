@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,9 @@ def prepare(
     """Write ``{out}/{clients}/local_*_{i}.json``, `global_test.json` and `manifest.json`.
 
     english: the tasks of ``splits/default/train_tasks.txt`` whose input, output and instruction are English. all:
-    every task that is not held out, in any language, as the release's 1,613 clients. Of each task's n instances (less
-    exact copies and those without an answer) ``fraction`` is drawn, rounded, at least one; `max_clients` draws tasks.
+    every task that is not held out, in any language, less the English ones of ``splits/default/excluded_tasks.txt``: they
+    come from the same data as a task that is held out. Of each task's n instances (less exact copies and those without
+    an answer) ``fraction`` is drawn, rounded, at least one; `max_clients` draws tasks.
     Draws depend on the seed and the task's name alone: the same command gives the same bytes.
     `progress` gets (tasks done, tasks in all). Raises FlexLoraError, and leaves nothing behind, where the checkout,
     an option or a task file is not in order.
@@ -45,7 +46,8 @@ def prepare(
         raise FlexLoraError(f"--languages {languages}: choose english or all")
     if max_clients is not None and max_clients < 1:
         raise FlexLoraError(f"--max_clients {max_clients}: must be at least 1")
-    train_names, test_names = _split_names(source, languages)
+    train_names, test_names, leaking = _split_names(source, languages)
+    english = True if languages == "english" else None
     with new_folder(out) as root:
         building = root / "building"
         building.mkdir()
@@ -53,10 +55,13 @@ def prepare(
         order = [train_names[i] for i in permutation(len(train_names), seed, "clients")] if max_clients else train_names
         total = len(test_names) + min(len(order), max_clients or len(order))
         rows: list[dict[str, Any]] = []
+        excluded = 0
         for name in order:
             if len(rows) == max_clients:
                 break
-            task = _read_task(source, name, languages)
+            # Tasks of other languages are all on that list, whatever their source: they stay.
+            task = _read_task(source, name, False if name in leaking else english)
+            excluded += task is None and name in leaking
             if task is None or not task.records:
                 continue
             parts = split(_sample(task.records, fraction, seed, name), seed, name)
@@ -70,7 +75,7 @@ def prepare(
         held_out: list[Record] = []
         held_rows = []
         for name in test_names:
-            task = _read_task(source, name, languages)
+            task = _read_task(source, name, english)
             if task is None or not task.records:
                 continue
             sample = _sample(task.records, fraction, seed, name)
@@ -88,6 +93,7 @@ def prepare(
                 "languages": languages,
                 "max_clients": max_clients,
                 "seed": seed,
+                "excluded": excluded,
                 "clients": rows,
                 "held out": held_rows,
             },
@@ -109,26 +115,27 @@ class _Task:
     """Rows of the manifest: task, file, sha256, instances, copies, without answer."""
 
 
-def _split_names(source: Path, languages: str) -> tuple[list[str], list[str]]:
+def _split_names(source: Path, languages: str) -> tuple[list[str], list[str], set[str]]:
+    """Tasks to train on, tasks to hold out, and what would leak the second into the first where it is English."""
     tasks = source / "tasks"
     there = {path.stem for path in tasks.glob("task*.json")}
     if not there:
         raise FlexLoraError(f"--source {source}: holds no tasks/task*.json: give a natural-instructions checkout")
     lists = {}
-    for part in ("train", "test"):
+    for part in ("train", "test") if languages == "english" else ("train", "test", "excluded"):
         path = source / "splits" / "default" / f"{part}_tasks.txt"
         try:
             lists[part] = list(dict.fromkeys(path.read_text(encoding="utf-8").split()))
         except (OSError, UnicodeDecodeError):
             raise FlexLoraError(f"{path}: missing or not text: give a complete natural-instructions checkout") from None
         for name in lists[part]:
-            if name not in there:
+            if name not in there and part != "excluded":
                 raise FlexLoraError(f"{tasks / name}.json: missing though {path.name} lists it: complete the checkout")
     both = set(lists["train"]) & set(lists["test"])
     if both:
         raise FlexLoraError(f"{source}/splits/default: {min(both)} is in both lists: mend train_tasks.txt")
     train = lists["train"] if languages == "english" else there - set(lists["test"])
-    return sorted(train, key=_number), sorted(lists["test"], key=_number)
+    return sorted(train, key=_number), sorted(lists["test"], key=_number), set(lists.get("excluded", ()))
 
 
 def _number(name: str) -> tuple[int, str]:
@@ -136,17 +143,14 @@ def _number(name: str) -> tuple[int, str]:
     return (int(digits[1]) if digits else 0, name)
 
 
-def _read_task(source: Path, name: str, languages: str) -> _Task | None:
-    """None: not all in English where that is wanted."""
+def _read_task(source: Path, name: str, english: bool | None) -> _Task | None:
+    """None: not all in English where that is wanted (True), or in English where that is not (False)."""
     path = source / "tasks" / f"{name}.json"
     data = read_json(path)
     if not isinstance(data, dict):
         raise FlexLoraError(f"{path}: is not a JSON object: restore it from the repository")
-    if languages == "english":
-        for key in ("Input_language", "Output_language", "Instruction_language"):
-            spoken = data.get(key, ["English"])
-            if ([spoken] if isinstance(spoken, str) else spoken) != ["English"]:
-                return None
+    if english is not None and english != _in_english(data):
+        return None
     definition, instances = data.get("Definition"), data.get("Instances")
     if isinstance(definition, list) and all(isinstance(line, str) for line in definition):
         definition = "\n".join(definition)
@@ -185,6 +189,11 @@ def _read_task(source: Path, name: str, languages: str) -> _Task | None:
             "without answer": silent,
         },
     )
+
+
+def _in_english(data: Mapping[str, Any]) -> bool:
+    spoken = (data.get(key, "English") for key in ("Input_language", "Output_language", "Instruction_language"))
+    return all(language in ("English", ["English"]) for language in spoken)
 
 
 def _sample(records: Sequence[Record], fraction: float, seed: int, name: str) -> list[Record]:
