@@ -263,7 +263,9 @@ def test_the_best_round_is_scored_when_the_run_ends(tmp_path: Path) -> None:
     losses = (5.0, 1.0, 3.0, 3.0, 3.0, 3.0)
 
     def played(folder: Path, every: int, **keys: Any) -> Run:
-        setup = replace(setup_of(folder, losses=losses, rounds=5, eval_every=every, **keys), scorer=CountedScores(losses))
+        setup = replace(
+            setup_of(folder, losses=losses, rounds=5, eval_every=every, **keys), scorer=CountedScores(losses)
+        )
         return play(folder, NoisyRunner(), setup)
 
     each, last = played(tmp_path / "each", 1), played(tmp_path / "last", 5)
