@@ -370,8 +370,10 @@ def test_a_personal_run_is_scored_by_client(personal: Run, data: Path, command: 
     words = ("evaluate", personal.folder, "--data", data, "--predictions", tmp_path / "p.jsonl")
     refused(command(*words), "--client")
     refused(command(*words, "--rank", 2), "--client")
-    done = command(*words, "--client", min(trained_clients(personal)))
+    one = min(trained_clients(personal))
+    done = command(*words, "--client", one)
     assert done.code == 0, done.error
+    assert f"next: flexlora export {personal.folder} --client {one} --out my-adapter" in done.said.replace("\n", " ")
 
 
 def test_another_rank_or_client_is_one_of_a_run(tuned: Run, data: Path, command: Command, tmp_path: Path) -> None:

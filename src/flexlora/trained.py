@@ -88,7 +88,7 @@ def _open_run(run: Run, changes: Mapping[str, Any], rank: int | None, client: in
         if run.metrics and method_of(run.config).personal:
             raise FlexLoraError(
                 f"{folder}: method {run.config.method_name} has no global model; choose a client with "
-                f"`flexlora export {folder} --client 0 --out DIR`"
+                f"`flexlora evaluate {folder} --client 0 …` or `flexlora export {folder} --client 0 --out DIR`"
             )
         raise FlexLoraError(f"{folder}: has no adapter yet; finish a round with `flexlora resume {folder}`")
     config = make_config({**run.config.dump(), **asked(run.adapter), **changes})

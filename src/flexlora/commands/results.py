@@ -150,4 +150,7 @@ def evaluate(
         return
     out.print(scores_table(scores))
     out.print(f"predictions: {path}", markup=False, soft_wrap=True)
-    next_step(f'flexlora generate {target} --prompt "…"')
+    chosen = "".join(f" --{k} {v}" for k, v in (("rank", rank), ("client", client)) if v is not None)
+    next_step(
+        f"flexlora export {target}{chosen} --out my-adapter" if chosen else f'flexlora generate {target} --prompt "…"'
+    )
