@@ -61,7 +61,8 @@ def work(values: dict[str, Any], resume: bool, kill_at: int, how: signal.Signals
         if not args or event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir"):
             return
         writes = event != "open" or (isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR))
-        inside = isinstance(args[0], (str, os.PathLike)) and os.fspath(args[0]).startswith(folder)
+        # Not what is written beside it: with noise of its own a run may end before the change that is waited for.
+        inside = isinstance(args[0], (str, os.PathLike)) and f"{os.fspath(args[0])}/".startswith(f"{folder}/")
         relative = event in ("os.remove", "os.rmdir") and not str(args[0]).startswith("/")  # rmtree, by descriptor
         if writes and (inside or relative):
             changes[0] += 1

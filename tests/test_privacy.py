@@ -196,6 +196,12 @@ def test_secret_normals_are_normal() -> None:
     assert abs(float((made[1:] * made[:-1]).mean())) < 4 / math.sqrt(len(made))
 
 
+def test_the_accountant_says_nothing_in_between(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("WARNING"):
+        assert 0 < privacy.epsilon(mechanism(noise=0.5, rate=0.5), 2) < 100
+    assert not caplog.records
+
+
 def test_a_delta_that_allows_to_publish_a_client_is_refused() -> None:
     with pytest.raises(FlexLoraError, match=r"dp_delta: 0\.11 promises nothing among 10 clients; choose at most 0\.1"):
         mechanism(clients=10, delta=0.11)
