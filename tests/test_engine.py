@@ -18,7 +18,7 @@ from flexlora.config import Config
 from flexlora.engine import restore_adapter, run_rounds
 from flexlora.methods import get_method
 from flexlora.randomness import generator
-from flexlora.rundir import Run, create_run, read_metrics
+from flexlora.rundir import Run, create_run, read_metrics, with_rounds
 from flexlora.standing import Setup, Standing, first_standing, last_standing
 from flexlora.tables import outcome
 from flexlora.types import (
@@ -251,6 +251,27 @@ class SavedLosses(ListedLosses):
         modeling.save_adapter(folder, adapter, base_model="m", about={"round": facts["round"]})
 
 
+def test_a_run_that_stopped_early_and_is_given_more_rounds_goes_on_wherever_it_is_cut_off(tmp_path: Path) -> None:
+    losses = (5.0, 1.0, 3.0, 3.0, 0.5, 3.0, 3.0, 3.0, 3.0)
+    keys: dict[str, Any] = {"losses": losses, "early_stop": True, "patience": 2}
+
+    def stopped(folder: Path) -> Setup:
+        assert len(play(folder, NoisyRunner(), setup_of(folder, rounds=5, **keys)).metrics) == 4
+        return setup_of(folder, rounds=9, **keys)
+
+    whole = play(tmp_path / "a", NoisyRunner(), stopped(tmp_path / "a"))
+    assert len(whole.metrics) == 7
+    more = stopped(tmp_path / "b")
+    with pytest.raises(CrashError):
+        play(tmp_path / "b", NoisyRunner(crash=(5, 0)), more)
+    with_rounds(Run(tmp_path / "b" / "r"), 9)
+    assert Run(tmp_path / "b" / "r").metrics[-1]["stopped"] is None
+    cut = play(tmp_path / "b", NoisyRunner(), more)
+    assert timeless(cut) == timeless(whole)
+    same_files(whole.folder, cut.folder, "adapter/*")
+    assert len(play(tmp_path / "b", NoisyRunner(), more).metrics) == 7
+
+
 class CountedScores(SavedLosses):
     """Held-out scores tell which adapter they are of, by its size."""
 
@@ -274,6 +295,8 @@ def test_the_best_round_is_scored_when_the_run_ends(tmp_path: Path) -> None:
     assert last.metrics[-1]["eval_best"] == {"round": 2, **each.metrics[1]["eval"]}
     assert outcome(last)["rougeL"] == outcome(each)["rougeL"] == each.metrics[1]["eval"]["rougeL"]
     assert last.adapter_round == 2
+    assert last.line(2)["eval"] == each.line(2)["eval"]
+    assert last.line(3)["eval"] == {}
     stopped = played(tmp_path / "stopped", 5, early_stop=True, patience=2)
     assert len(stopped.metrics) == 4
     assert stopped.metrics[-1]["eval_best"] == last.metrics[-1]["eval_best"]

@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("flwr")
 
-from flwr.app import Message
+from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 from safetensors.torch import load
 
 from flexlora import Config, client
@@ -314,6 +315,55 @@ def test_a_silent_site_is_waited_for_once(
     assert waited[0] >= flower.QUERY_TIMEOUT
     assert waited[1] - waited[0] < 20
     assert sum("has not said" in note for note in town.notes) == 1
+
+
+def test_a_question_that_lapsed_is_asked_again(
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a second silent site is waited for, Flower gives up the first one's question."""
+    now = [0.0]
+    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
+    town = Town(tiny, tmp_path, rounds=4)
+    town.join(0, 3)
+    speaks = [False]
+
+    def silent(reply: Message) -> Message | None:
+        if reply.metadata.message_type.startswith("query") and reply.metadata.src_node_id in (997, 998):
+            return reply if speaks[0] else None
+        return reply
+
+    town.grid.instead = silent
+    pulled = town.grid.pull_messages
+
+    def lapses(ids: Any) -> Any:
+        (name,) = ids
+        sent = town.grid.sent[int(name[1:])]
+        if name not in town.grid.replies and now[0] > when[name] + flower.QUERY_TIMEOUT + flower.GRACE:
+            return [Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=sent)]
+        return pulled(ids)
+
+    when: dict[str, float] = {}
+    pushed = town.grid.push_messages
+
+    def push(messages: Any) -> Any:
+        names = list(pushed(messages))
+        when.update(dict.fromkeys(names, now[0]))
+        return names
+
+    monkeypatch.setattr(town.grid, "push_messages", push)
+    monkeypatch.setattr(town.grid, "pull_messages", lapses)
+
+    def goes_on(event: str, facts: Any) -> None:
+        if event == "saved" and facts["round"] == 1:
+            now[0] += 30
+            town.join(2)
+        if event == "saved" and facts["round"] == 3:
+            speaks[0] = True
+            now[0] += 500
+
+    done = town.serve(goes_on)
+    assert participants(done) == [[0], [0], [0], [0, 2, 3]]
 
 
 @pytest.mark.parametrize(("rank", "seats"), [(1, [[0, 3]] * 3), (8, [[0, 3], [0, 3], [0, 2, 3]])])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -162,6 +164,35 @@ def test_impossible_choices_are_one_line(name: str, options: dict[str, Any], lin
         get_method(name, **options)
     assert line in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def anything(
+    eta: float = 1.0,
+    rank: int | None = None,
+    levels: list[float] | None = None,
+    kind: Literal["a", "b"] = "a",
+    path: Path | None = None,
+    rule: Callable[[float], float] = abs,
+) -> Method:
+    return cast(Method, (eta, rank, levels, kind, path, rule))
+
+
+def worded(eta: "in (0, 1]" = 1.0) -> Method:  # type: ignore  # noqa: F722
+    return cast(Method, eta)
+
+
+def test_options_of_other_kinds_are_the_methods_own_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flexlora.methods.base._entries", dict(_entries))
+    register("anything", anything)
+    register("worded", worded)
+    given: dict[str, Any] = {"levels": [0.5], "kind": "c", "path": "x", "rule": round}
+    assert get_method("anything", **given) == (1.0, None, [0.5], "c", "x", round)
+    assert get_method("worded", eta="x") == "x"
+    assert get_method("anything", eta=np.float32(0.5), rank=np.int64(3))[:2] == (0.5, 3)  # pyright: ignore[reportIndexIssue]
+    # YAML reads these as words
+    assert get_method("anything", eta="1e-1", rank="none")[:2] == (0.1, None)  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(FlexLoraError, match="rank is '3', it must be a whole number or null"):
+        get_method("anything", rank="3")
 
 
 def test_importing_the_registry_order_does_not_depend_on_who_is_imported_first() -> None:

@@ -124,6 +124,16 @@ def test_ray_gives_the_states_of_one_process_though_an_actor_is_killed_in_a_roun
     assert len(killed) == 1
 
 
+def test_room_is_counted_machine_by_machine_and_a_share_of_a_gpu_lies_on_one() -> None:
+    pytest.importorskip("ray", reason="needs ray: pip install flexlora[ray]")
+    from flexlora.runners.ray import places
+
+    two = {"CPU": 8.0, "GPU": 2.0}
+    assert [places(two, 2, gpus) for gpus in (0.0, 0.5, 0.6, 1.0, 2.0, 3.0)] == [4, 4, 2, 2, 1, 0]
+    assert places({"CPU": 3.0}, 2, 0.0) == 1
+    assert places({"CPU": 3.0}, 1, 1.0) == 0
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """Address of a Ray that says it has one GPU, in processes of its own."""
@@ -172,8 +182,11 @@ def test_a_ray_cluster_is_joined_by_its_address_and_two_actors_share_a_gpu(
     assert free == [0.0]
     # Ray would wait for what it does not have without a word.
     for keys, words in (
-        ({"workers": 2, "worker_gpus": 1.0}, r"worker_gpus: 2 workers need 2 GPUs and Ray has 1; lower --workers or"),
-        ({"workers": 3}, r"workers: 3 workers need 3 CPUs and Ray has 2; lower --workers, or have more machines"),
+        (
+            {"workers": 2, "worker_gpus": 1.0},
+            r"workers: Ray has room for 1 of 2 that need 1 CPUs and 1 GPUs each; lower --workers or",
+        ),
+        ({"workers": 3}, r"workers: Ray has room for 2 of 3 that need 1 CPUs each; lower --workers or"),
     ):
         with pytest.raises(FlexLoraError, match=words):
             played(tiny, tmp_path / "refused", notify, runner="ray", ray_address=cluster, **keys)

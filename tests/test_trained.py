@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig, Phi3Con
 
 from flexlora import Config, cli, rundir
 from flexlora import run as play
-from flexlora.modeling import load_model
+from flexlora.modeling import load_adapter, load_model
 from flexlora.prompts import load_template
 from flexlora.rundir import Run, create_run
 from flexlora.trained import client_adapter, export, open_trained, records_of, score, standing_at
@@ -287,6 +287,10 @@ def test_a_damaged_or_hostile_word_about_an_adapter_is_one_line(
     folder = Path(shutil.copytree(tuned.adapter, tmp_path / "adapter"))
     shutil.copyfile(folder / "adapter_config.json", tmp_path / "secret.json")
     (folder / "flexlora.json").write_bytes(text.encode("latin-1"))
+    if "max_new_tokens" in text:  # which generate has of its own
+        with pytest.raises(FlexLoraError, match=r"adapter/flexlora.json: cannot be used .*mend or remove it"):
+            open_trained(str(folder))
+        return
     done = command("generate", folder, "--prompt", "x", "--max_new_tokens", 2)
     refused(done, "adapter/prompt_template.json" if '"prompt_template.json"' in text else "adapter/flexlora.json")
 
@@ -384,3 +388,49 @@ def test_another_rank_or_client_is_one_of_a_run(tuned: Run, data: Path, command:
     refused(command("evaluate", tuned.folder, *words, "--rank", 0), "rank: 0")
     refused(command("evaluate", tuned.folder, *words, "--client", 9), "client 9")
     assert not (tmp_path / "p.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora_alpha": "16"},
+        {"lora_alpha": None},
+        {"lora_alpha": [1]},
+        {"alpha_pattern": [1]},
+        {"alpha_pattern": {"q_proj": "z"}},
+    ],
+    ids=str,
+)
+def test_an_adapter_with_a_scaling_that_is_no_number_is_a_line(
+    tuned: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(tuned.adapter, folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(FlexLoraError, match=r"lora_alpha or rank of .* is no number above 0; save the adapter again"):
+        load_adapter(folder)
+
+
+def test_what_is_said_otherwise_is_not_asked_of_the_folder(tuned: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(tuned.adapter, folder)
+    path = folder / "flexlora.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "cutoff_len": 2**30}))
+    with pytest.raises(FlexLoraError, match=r"flexlora.json: cannot be used .*mend or remove it"):
+        open_trained(str(folder))
+    assert open_trained(str(folder), {"cutoff_len": 512}).config.cutoff_len == 512
+    # a run's own lengths stand in its configuration
+    run = tmp_path / "run"
+    shutil.copytree(tuned.folder, run)
+    shutil.copy(path, run / "adapter" / "flexlora.json")
+    assert open_trained(str(run)).config.cutoff_len == tuned.config.cutoff_len
+
+
+def test_a_template_that_is_gone_does_not_hinder_an_export(personal: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(personal.folder, run)
+    path = run / "env.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "template": "gone.json"}))
+    export(Run(run), tmp_path / "out", client=min(trained_clients(personal)))
+    assert "prompt_template" not in json.loads((tmp_path / "out" / "flexlora.json").read_text())

@@ -153,8 +153,8 @@ def _losses(lines: Sequence[Mapping[str, Any]], held_out: float | None, validati
 
 
 def _categories(run: Run, scored: Sequence[Mapping[str, Any]], first: Mapping[str, Any]) -> Chart:
-    best = next((m for m in scored if m["round"] == run.best_round), scored[-1] if scored else None)
-    if best is None:
+    best = run.line(run.best_round) if run.best_round else {}
+    if not best.get("eval"):
         return Chart("", "", [])
     after = best["eval"].get("per_category") or {}
     before = first.get("per_category") or {}

@@ -310,11 +310,9 @@ def judge_round(config: Config, standing: Standing, validation: Mapping[str, Any
 
 
 def taken_up(setup: Setup, run: Run, notify: Notify, at: int | None = None) -> Standing:
-    """Where the run stands (`last_standing`), with `adapter/` of its best round; given more rounds, one that stopped early goes on."""
+    """Where the run stands (`last_standing`), with `adapter/` of its best round."""
     standing = last_standing(setup, run, notify, at)
     restore_adapter(setup, run, standing)
-    if standing.stopped and setup.config.rounds > run.config.rounds:
-        return replace(standing, stopped=None, stale_rounds=0)
     return standing
 
 
@@ -325,7 +323,7 @@ def restore_adapter(setup: Setup, run: Run, standing: Standing) -> None:
         shutil.rmtree(run.adapter, ignore_errors=True)
     elif not setup.method.personal and run.adapter_round != best and (then := best_standing(run, standing)):
         adapter = global_adapter(setup.method, then.state, ranks.largest(then.table.values()))
-        save_adapter(setup, run, adapter, line_of(run, best))
+        save_adapter(setup, run, adapter, run.line(best))
 
 
 def best_standing(run: Run, standing: Standing) -> Standing | None:
@@ -339,11 +337,6 @@ def best_standing(run: Run, standing: Standing) -> Standing | None:
         return None
 
 
-def line_of(run: Run, round: int) -> dict[str, Any]:
-    """The line of metrics.jsonl of a round."""
-    return next((line for line in run.metrics if line["round"] == round), {"round": round})
-
-
 def evaluate_best(setup: Setup, run: Run, standing: Standing) -> dict[str, Any]:
     """Held-out scores of the best round, with its number, where that is an earlier one without any; its adapter's card tells them.
 
@@ -352,7 +345,7 @@ def evaluate_best(setup: Setup, run: Run, standing: Standing) -> dict[str, Any]:
     best = standing.best_round
     if best is None or best == standing.round or setup.method.personal:
         return {}
-    line, then = line_of(run, best), best_standing(run, standing)
+    line, then = run.line(best), best_standing(run, standing)
     if line.get("eval") or then is None:
         return {}
     adapter = global_adapter(setup.method, then.state, ranks.largest(then.table.values()))

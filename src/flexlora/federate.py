@@ -39,7 +39,7 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
     if config.dp_noise and config.num_clients is None:
         raise FlexLoraError(
             "num_clients: dp_noise needs the number of sites, whoever is connected; add num_clients=N to the run config, "
-            "and number the sites from 0 to N - 1"
+            "number the sites from 0 to N - 1, and give a run that began without it another name"
         )
     if config.prompt_template.endswith(".json"):
         raise FlexLoraError("prompt_template: the sites do not have that file; choose a built-in template")

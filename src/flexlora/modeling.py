@@ -454,7 +454,12 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
                 f"{folder}/{WEIGHTS}: {module} of shape {(B.shape[0], A.shape[1])} does not fit the model "
                 f"({shapes.get(module, 'not adapted')}); use the base model {config.get('base_model_name_or_path')}"
             )
-        alpha = _pattern(config.get("alpha_pattern") or {}, module, config.get("lora_alpha", 8))
+        patterns = config.get("alpha_pattern") or {}
+        alpha = _pattern(patterns, module, config.get("lora_alpha", 8)) if isinstance(patterns, dict) else None
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or not len(A):
+            raise FlexLoraError(
+                f"{folder}/{CONFIG}: lora_alpha or rank of {module} is no number above 0; save the adapter again"
+            )
         kind = "rslora" if config.get("use_rslora") else "alpha_over_r"
         adapter[module] = LowRank(B.float() * scaling(alpha, len(A), kind), A.float())
     return adapter if shapes is None else {m: adapter[m] for m in shapes if m in adapter}

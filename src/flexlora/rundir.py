@@ -36,6 +36,15 @@ class Run:
         """One dictionary a round, ascending: see docs/run-folder.md."""
         return read_metrics(self.folder)
 
+    def line(self, round: int) -> dict[str, Any]:
+        """The line of a round, with the held-out scores that it got when the run ended where it had none in its turn."""
+        lines = self.metrics
+        line = next((line for line in lines if line["round"] == round), {"round": round})
+        later = next((line["eval_best"] for line in reversed(lines) if line.get("eval_best")), {})
+        if later.get("round") == round and not line.get("eval"):
+            return {**line, "eval": {name: score for name, score in later.items() if name != "round"}}
+        return line
+
     @property
     def base(self) -> dict[str, Any]:
         """Scores of the base model before any training: {"validation": …, "eval": …}; {} where they were not taken."""
@@ -216,9 +225,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def cut_metrics(folder: Path, last_round: int) -> None:
-    """Forget the lines of rounds after `last_round`: they will be run again."""
+def cut_metrics(folder: Path, last_round: int, *, stopped: str | None) -> None:
+    """Forget the lines of rounds after `last_round`: they will be run again. The last line says whether the run `stopped` there."""
     kept = [line for line in read_metrics(folder) if line["round"] <= last_round]
+    kept[-1:] = [{**line, "stopped": stopped} for line in kept[-1:]]
     write_text(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
 

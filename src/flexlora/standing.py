@@ -186,7 +186,7 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
         shown = ", ".join(map(str, rounds)) or "none"
         raise FlexLoraError(f"resume_from: round {at} has no checkpoint in {run.folder}; there are: {shown}")
     prototype = setup.method.init(setup.shapes, setup.config.seed, ranks.distinct(setup.table.values()))
-    standing = None
+    standing, progress = None, {}
     for round in reversed([r for r in rounds if at is None or r <= at]):
         try:
             state, progress = read_checkpoint(checkpoint_folder(run.checkpoints, round), prototype)
@@ -196,6 +196,9 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
         refuse_changes(setup, progress, run)
         standing = standing_of(round, state, progress)
         break
+    # Asked for more rounds than when it stopped early, a run goes on, and says so from now on.
+    if standing and standing.stopped and setup.config.rounds > progress["config"]["rounds"]:
+        standing = replace(standing, stopped=None, stale_rounds=0)
     if standing is None:
         if rounds and at != 0:
             raise FlexLoraError(f"{run.checkpoints}: no checkpoint is whole; start a new run")
@@ -204,7 +207,7 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     # As after a round: the process may have been killed before it came to that. Later checkpoints go before their lines, and
     # the newest first, so that a kill in between leaves none without its line.
     remove_checkpoints(run.checkpoints, standing.needed_rounds)
-    rundir.cut_metrics(run.folder, standing.round)
+    rundir.cut_metrics(run.folder, standing.round, stopped=standing.stopped)
     lost = standing.round - len(run.metrics)
     if lost:
         notify("note", {"text": f"{run.folder / 'metrics.jsonl'}: {lost} lines were damaged and are gone"})

@@ -77,10 +77,8 @@ def rounds_table(run: Run) -> Table:
 def outcome(run: Run) -> dict[str, Any]:
     """The figures of a run's best round that a comparison shows."""
     lines = run.metrics
-    best = next((line for line in lines if line["round"] == run.best_round), lines[-1] if lines else {})
-    # The run's last line has them where the best round was not scored in its turn.
-    later = next((line["eval_best"] for line in reversed(lines) if line.get("eval_best")), {})
-    scored = best.get("eval") or (later if later.get("round") == best.get("round") else {})
+    best = run.line(run.best_round) if run.best_round else {}
+    scored = best.get("eval") or {}
     energy = best.get("energy") or {}
     return {
         "rounds": len(lines),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def open_trained(
             raise FlexLoraError(
                 f"{folder / CONFIG}: base_model_name_or_path names no model; write its name or folder there"
             )
-    config = make_config({"model": base, **asked(folder), **changes})
+    config = make_config({"model": base, **asked(folder, set(ASKED) - set(changes)), **changes})
     # An adapter says by itself which layers it adapts, whatever the architecture; the bare model needs none.
     model = load_model(
         config.model,
@@ -91,7 +91,7 @@ def _open_run(run: Run, changes: Mapping[str, Any], rank: int | None, client: in
                 f"`flexlora evaluate {folder} --client 0 …` or `flexlora export {folder} --client 0 --out DIR`"
             )
         raise FlexLoraError(f"{folder}: has no adapter yet; finish a round with `flexlora resume {folder}`")
-    config = make_config({**run.config.dump(), **asked(run.adapter), **changes})
+    config = make_config({**run.config.dump(), **asked(run.adapter, TEMPLATE_ONLY), **changes})
     chosen = None if rank is None and client is None else _chosen(run, rank, client)[0]
     model = load(config)
     return _trained(model, config, load_adapter(run.adapter, model.shapes) if chosen is None else chosen)
@@ -103,12 +103,15 @@ def _trained(model: Model, config: Config, adapter: Mapping[str, LowRank]) -> Tr
 
 
 ASKED = ("prompt_template", "cutoff_len", "max_new_tokens")
+TEMPLATE_ONLY = ASKED[:1]
+"""Of a run's own adapter: the rest stands in its configuration."""
 MOST_TOKENS = 2**20
 """What a folder may ask for by itself; who wants more says so."""
 
 
-def asked(folder: Path) -> dict[str, Any]:
-    """How the model in a folder was asked while it was trained, as configuration keys; {} where its flexlora.json says nothing.
+def asked(folder: Path, wanted: Collection[str] = ASKED) -> dict[str, Any]:
+    """How the model in a folder was asked while it was trained, as configuration keys, of these the `wanted` ones; {} where its
+    flexlora.json says nothing.
 
     Raises FlexLoraError where that file is damaged.
     """
@@ -119,7 +122,7 @@ def asked(folder: Path) -> dict[str, Any]:
         about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about, dict):
             raise ValueError("it holds no object")
-        said = {key: about[key] for key in ASKED if key in about}
+        said = {key: about[key] for key in ASKED if key in about and key in wanted}
         if said.get("prompt_template", TEMPLATE) not in (TEMPLATE, *templates()):
             raise ValueError(f"prompt_template is none of {', '.join(templates())}")
         if any(type(said.get(key, 1)) is not int or said.get(key, 1) > MOST_TOKENS for key in ASKED[1:]):
@@ -273,7 +276,7 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         raise FlexLoraError(f"{out}: exists already; choose another --out")
     adapter, what, standing = _chosen(run, rank, client)
     config = run.config
-    line = next((line for line in run.metrics if line["round"] == standing.round), {"round": standing.round})
+    line = run.line(standing.round)
     made = json.loads((run.folder / "env.json").read_text(encoding="utf-8"))
     facts = {
         "ranks": ranks.counts(standing.table.values()),
@@ -281,8 +284,9 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         "template": made.get("template", config.prompt_template),
     }
     # The run's own copy first: a template file may have been changed or moved since. `auto` is left to the tokenizer.
-    name = asked(run.adapter).get("prompt_template", facts["template"])
-    template = None if name == "auto" else load_template(name)
+    name = asked(run.adapter, TEMPLATE_ONLY).get("prompt_template", facts["template"])
+    gone = name not in templates() and not Path(name).is_file()  # then only the name is known
+    template = None if gone else load_template(name)
     about = {"round": standing.round, "cutoff_len": config.cutoff_len, "max_new_tokens": config.max_new_tokens}
     if merge:
         save_merged(load(config, "stored"), adapter, {}, out, about=about, template=template)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.metadata import entry_points
-from typing import Any, get_args, get_type_hints
+from numbers import Integral, Real
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -94,28 +96,45 @@ def get_method(name: str, **options: Any) -> Method:
         if option not in entry.options and not entry.passes_on:
             known = ", ".join(entry.options) or "none"
             raise FlexLoraError(f"method {name!r} has no option {option!r}: it has {known}")
-        kind = kinds.get(option)
-        allowed = [k for k in (get_args(kind) or (kind,)) if k in KINDS]
-        if allowed and not any(KINDS[k][1](options[option]) for k in allowed):
-            wanted = " or ".join(KINDS[k][0] for k in allowed)
-            raise FlexLoraError(f"method {name!r}: {option} is {options[option]!r}, it must be {wanted}")
-    return entry.make(**options)
+    return entry.make(**{option: _checked(name, option, value, kinds.get(option)) for option, value in options.items()})
 
 
 KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda x: isinstance(x, bool)),
-    int: ("a whole number", lambda x: isinstance(x, int) and not isinstance(x, bool)),
-    float: ("a number", lambda x: isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)),
+    int: ("a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)),
+    float: ("a number", lambda x: isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)),
     str: ("a word", lambda x: isinstance(x, str)),
     type(None): ("null", lambda x: x is None),
 }
 """Annotation of an option -> what it is called, and whether a value is one."""
 
 
+def _checked(name: str, option: str, value: Any, kind: Any) -> Any:
+    """The value of an option annotated as `kind`; kinds other than those in `KINDS` are the method's own to check."""
+    members = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if not all(isinstance(member, type) and member in KINDS for member in members):
+        return value
+    if isinstance(value, str) and str not in members:  # YAML reads 1e-3 and none as words
+        value = _said(value, members)
+    if not any(KINDS[member][1](value) for member in members):
+        wanted = " or ".join(KINDS[member][0] for member in members)
+        raise FlexLoraError(f"method {name!r}: {option} is {value!r}, it must be {wanted}")
+    return value
+
+
+def _said(text: str, members: Collection[type]) -> Any:
+    if text.lower() == "none" and type(None) in members:
+        return None
+    try:
+        return float(text) if float in members else text
+    except ValueError:
+        return text
+
+
 def _hints(make: Callable[..., Method]) -> Mapping[str, Any]:
     try:
         return get_type_hints(make)
-    except (NameError, TypeError, AttributeError):  # somebody else's, with names that are not there
+    except Exception:  # somebody else's, in words that are no types, or with names that are not there
         return {}
 
 

@@ -22,6 +22,7 @@ import httpx
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from flexlora import client, wire
@@ -51,6 +52,8 @@ QUERY_TIMEOUT = 120.0
 """Seconds that a site is waited for, once, to say what it can do. Later answers are taken when they are there."""
 DAY_HALF = 43200.0
 """Flower's own limit for a message."""
+UNANSWERED = (ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE)
+"""What Flower says of a message that nobody answered."""
 GRACE = 60.0
 """Seconds by which Flower gives up later than we do."""
 ON_THE_WAY = (OSError, httpx.HTTPError)
@@ -271,6 +274,9 @@ class FlowerRunner:
         wait = max((question.patience for question in self._asked.values()), default=now) - time.monotonic()
         for message, reply in self._replies(list(self._asked), wait):
             node = self._asked.pop(message).node
+            if not isinstance(reply, str) and reply.has_error() and reply.error.code in UNANSWERED:
+                self._silent.add(node)  # the question lapsed while another node was waited for
+                continue
             try:
                 if isinstance(reply, str) or reply.has_error():
                     raise FlexLoraError(reply if isinstance(reply, str) else wire.one_line(reply.error.reason, 300))

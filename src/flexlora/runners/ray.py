@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,15 @@ def ray_runner(config: Config, kept: Path, clients: Sequence[int], settings: Loc
             f"ray_address: {where} cannot be reached ({' '.join(str(error).split())[:200]}); "
             "check the address, or choose --runner local"
         ) from None
-    for kind, each, option in (("CPU", threads, "workers"), ("GPU", config.worker_gpus, "worker_gpus")):
-        needed, there = config.workers * each, ray.cluster_resources().get(kind, 0.0)
-        if needed > there + 1e-6:  # Ray would wait for it without a word
-            ray.shutdown()
-            raise FlexLoraError(
-                f"{option}: {config.workers} workers need {needed:g} {kind}s and Ray has {there:g}; lower --workers"
-                + (" or --worker_gpus" if kind == "GPU" else ", or have more machines join first")
-            )
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(places(machine, threads, config.worker_gpus) for machine in machines)
+    if room < config.workers:  # Ray would wait for it without a word
+        ray.shutdown()
+        needs = f"{threads} CPUs" + (f" and {config.worker_gpus:g} GPUs" if config.worker_gpus else "")
+        raise FlexLoraError(
+            f"workers: Ray has room for {room} of {config.workers} that need {needs} each; lower --workers or "
+            "--worker_gpus, or have more machines join first"
+        )
     recipe = Recipe(config, kept.resolve(), threads)
     return RayRunner(
         lambda number: Actor(recipe),
@@ -63,6 +64,15 @@ def ray_runner(config: Config, kept: Path, clients: Sequence[int], settings: Loc
         config=config,
         settings=settings,
     )
+
+
+def places(machine: Mapping[str, float], cpus: int, gpus: float) -> int:
+    """Workers that one machine has room for; a share of a GPU lies on one GPU."""
+    found = int(machine.get("CPU", 0.0) / cpus + 1e-6)
+    if not gpus:
+        return found
+    there = machine.get("GPU", 0.0)
+    return min(found, int(there) * int(1 / gpus + 1e-6) if gpus < 1 else int(there / gpus + 1e-6))
 
 
 class RayRunner(PoolRunner):
