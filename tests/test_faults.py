@@ -70,6 +70,7 @@ def work(values: dict[str, Any], resume: bool, kill_at: int, how: signal.Signals
                 os.kill(os.getpid(), how)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as the command does
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs start without
     sys.addaudithook(watch)
     if limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
