@@ -30,6 +30,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The seconds that the server's runner sees, in a list of one; sleeping takes one of them, whatever it was asked for."""
+    now = [0.0]
+    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
+    return now
+
+
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     in_this_process(monkeypatch, tmp_path / "home")
@@ -284,12 +293,7 @@ def test_who_sits_keeps_the_seat(tiny: tuple[Path, Path], tmp_path: Path) -> Non
     assert town.notes.count("site 0 is connected twice; node 5 is left out: give it another partition-id") == 1
 
 
-def test_a_silent_site_is_waited_for_once(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    now = [0.0]
-    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
+def test_a_silent_site_is_waited_for_once(tiny: tuple[Path, Path], tmp_path: Path, clock: list[float]) -> None:
     town = Town(tiny, tmp_path, rounds=3)
     town.join(0, 1, 3)
     late: list[Message] = []
@@ -305,7 +309,7 @@ def test_a_silent_site_is_waited_for_once(
 
     def answers_after_round_2(event: str, facts: Any) -> None:
         if event == "saved":
-            waited.append(now[0])
+            waited.append(clock[0])
             if facts["round"] == 2:
                 (name,) = (f"m{i}" for i, m in enumerate(town.grid.sent) if m.metadata.dst_node_id == 997)
                 town.grid.replies[name] = late[0]
@@ -318,12 +322,9 @@ def test_a_silent_site_is_waited_for_once(
 
 
 def test_a_question_that_lapsed_is_asked_again(
-    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: list[float]
 ) -> None:
     """While a second silent site is waited for, Flower gives up the first one's question."""
-    now = [0.0]
-    monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
     town = Town(tiny, tmp_path, rounds=4)
     town.join(0, 3)
     speaks = [False]
@@ -339,7 +340,7 @@ def test_a_question_that_lapsed_is_asked_again(
     def lapses(ids: Any) -> Any:
         (name,) = ids
         sent = town.grid.sent[int(name[1:])]
-        if name not in town.grid.replies and now[0] > when[name] + flower.QUERY_TIMEOUT + flower.GRACE:
+        if name not in town.grid.replies and clock[0] > when[name] + flower.QUERY_TIMEOUT + flower.GRACE:
             return [Message(Error(ErrorCode.MESSAGE_UNAVAILABLE, "expired"), reply_to=sent)]
         return pulled(ids)
 
@@ -348,7 +349,7 @@ def test_a_question_that_lapsed_is_asked_again(
 
     def push(messages: Any) -> Any:
         names = list(pushed(messages))
-        when.update(dict.fromkeys(names, now[0]))
+        when.update(dict.fromkeys(names, clock[0]))
         return names
 
     monkeypatch.setattr(town.grid, "push_messages", push)
@@ -356,11 +357,11 @@ def test_a_question_that_lapsed_is_asked_again(
 
     def goes_on(event: str, facts: Any) -> None:
         if event == "saved" and facts["round"] == 1:
-            now[0] += 30
+            clock[0] += 30
             town.join(2)
         if event == "saved" and facts["round"] == 3:
             speaks[0] = True
-            now[0] += 500
+            clock[0] += 500
 
     done = town.serve(goes_on)
     assert participants(done) == [[0], [0], [0], [0, 2, 3]]

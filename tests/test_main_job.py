@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -234,6 +235,14 @@ def test_a_start_that_the_method_cannot_take_leaves_no_run_behind(
     with pytest.raises(FlexLoraError, match=words):
         run(config(tiny, tmp_path, init_adapter=finished.adapter, **keys))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_template_that_the_model_does_not_have_leaves_no_run_behind(tiny, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny[0], tmp_path / "model")
+    (model / "chat_template.jinja").unlink()
+    with pytest.raises(FlexLoraError, match="template"):
+        run(config((model, tiny[1]), tmp_path / "runs", prompt_template="chat"))
+    assert not list((tmp_path / "runs").glob("*/config.yaml"))
 
 
 def test_a_run_taken_back_has_the_adapter_of_its_best_round(tiny, tmp_path: Path) -> None:

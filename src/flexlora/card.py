@@ -15,6 +15,11 @@ USE = {
 }
 
 
+def about(config: Config, round: int) -> dict[str, Any]:
+    """What flexlora.json says beside the weights: whose round they are of, and the lengths (tokens) with which the model was asked."""
+    return {"round": round, "cutoff_len": config.cutoff_len, "max_new_tokens": config.max_new_tokens}
+
+
 def model_card(
     config: Config, facts: Mapping[str, Any], line: Mapping[str, Any], what: str = TOP, library: str = "peft"
 ) -> str:

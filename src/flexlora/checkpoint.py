@@ -231,7 +231,7 @@ def read_checkpoint(folder: Path, prototype: Any) -> tuple[Any, dict[str, Any]]:
 
 def remove_checkpoints(checkpoints: Path, keep: set[int]) -> None:
     """Remove every checkpoint but those of the rounds in `keep`, and what an interrupted write left."""
-    for round in reversed(checkpoint_rounds(checkpoints)):
+    for round in checkpoint_rounds(checkpoints):
         if round not in keep:
             shutil.rmtree(checkpoint_folder(checkpoints, round))
     for left in checkpoints.glob(".round-*"):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora import ranks
-from flexlora.card import model_card
+from flexlora.card import about, model_card
 from flexlora.client import load
 from flexlora.collection import Notify
 from flexlora.config import Config, make_config
@@ -136,7 +136,7 @@ class Scoreless:
         return {}
 
     def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
-        about = {"ranks": ranks.counts(self.table.values()), "clients": len(self.table), "template": self.template}
+        known = {"ranks": ranks.counts(self.table.values()), "clients": len(self.table), "template": self.template}
         config = self.config
         save_adapter(
             folder,
@@ -144,12 +144,8 @@ class Scoreless:
             base_model=config.model,
             kind=config.lora_scaling,
             alpha=config.lora_alpha,
-            readme=model_card(config, about, facts),
-            about={
-                "round": facts["round"],
-                "cutoff_len": config.cutoff_len,
-                "max_new_tokens": config.max_new_tokens,
-            },
+            readme=model_card(config, known, facts),
+            about=about(config, facts["round"]),
             template=load_template(self.template),
         )
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora import evaluation
+from flexlora.card import about
 from flexlora.config import Config
 from flexlora.data.records import Record
 from flexlora.modeling import Model, save_adapter
@@ -75,10 +76,6 @@ class ModelScorer:
             kind=self.config.lora_scaling,
             alpha=self.config.lora_alpha,
             readme=self.card(facts),
-            about={
-                "round": facts["round"],
-                "cutoff_len": self.config.cutoff_len,
-                "max_new_tokens": self.config.max_new_tokens,
-            },
+            about=about(self.config, facts["round"]),
             template=self.template,
         )

@@ -204,8 +204,8 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
             raise FlexLoraError(f"{run.checkpoints}: no checkpoint is whole; start a new run")
         standing = first_standing(setup)
     recover_folder(run.adapter)
-    # As after a round: the process may have been killed before it came to that. Later checkpoints go before their lines, and
-    # the newest first, so that a kill in between leaves none without its line.
+    # As after a round: the process may have been killed before it came to that. Later checkpoints go before their lines, so
+    # that a kill in between leaves none without its line.
     remove_checkpoints(run.checkpoints, standing.needed_rounds)
     rundir.cut_metrics(run.folder, standing.round, stopped=standing.stopped)
     lost = standing.round - len(run.metrics)

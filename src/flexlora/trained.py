@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flexlora import evaluation, generation, lowrank, ranks, wire
-from flexlora.card import TOP, model_card
+from flexlora.card import TOP, about, model_card
 from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint
 from flexlora.config import Config, make_config
 from flexlora.data.federation import open_federation
@@ -119,10 +119,10 @@ def asked(folder: Path, wanted: Collection[str] = ASKED) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(about, dict):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
             raise ValueError("it holds no object")
-        said = {key: about[key] for key in ASKED if key in about and key in wanted}
+        said = {key: found[key] for key in ASKED if key in found and key in wanted}
         if said.get("prompt_template", TEMPLATE) not in (TEMPLATE, *templates()):
             raise ValueError(f"prompt_template is none of {', '.join(templates())}")
         if any(type(said.get(key, 1)) is not int or said.get(key, 1) > MOST_TOKENS for key in ASKED[1:]):
@@ -287,9 +287,9 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
     name = asked(run.adapter, TEMPLATE_ONLY).get("prompt_template", facts["template"])
     gone = name not in templates() and not Path(name).is_file()  # then only the name is known
     template = None if gone else load_template(name)
-    about = {"round": standing.round, "cutoff_len": config.cutoff_len, "max_new_tokens": config.max_new_tokens}
+    said = about(config, standing.round)
     if merge:
-        save_merged(load(config, "stored"), adapter, {}, out, about=about, template=template)
+        save_merged(load(config, "stored"), adapter, {}, out, about=said, template=template)
         write_text(out / "README.md", model_card(config, facts, line, what, "transformers"))
         return out
     save_adapter(
@@ -299,7 +299,7 @@ def export(run: Run, out: Path, *, rank: int | None = None, client: int | None =
         kind=config.lora_scaling,
         alpha=config.lora_alpha,
         readme=model_card(config, facts, line, what),
-        about=about,
+        about=said,
         template=template,
     )
     return out
