@@ -26,7 +26,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ class Round:
 
     def __init__(self, modules: dict[str, Shape], name: str) -> None:
         self.modules = modules
+        self.truths: dict[str, tuple[Tensor, float]] = {}
         g = torch.Generator().manual_seed(1)
         self._pool = torch.randn(1 << 25, generator=g)
         ranks = clients(name)
@@ -223,8 +224,17 @@ def resident() -> int:
         return 0
 
 
-def watched(work: Callable[[], object]) -> tuple[float, float, float]:
-    """Seconds of one call, CPU seconds of all its threads, and the growth of resident memory in MB."""
+@dataclass(frozen=True)
+class Timed:
+    """What one call returned, its seconds, the CPU seconds of all its threads, and the growth of resident memory in MB."""
+
+    result: Any
+    seconds: float
+    cpu: float
+    memory: float
+
+
+def watched(work: Callable[[], object]) -> Timed:
     gc.collect()
     before = peak = resident()
     done = threading.Event()
@@ -243,17 +253,32 @@ def watched(work: Callable[[], object]) -> tuple[float, float, float]:
     thread.join()
     if isinstance(result, tuple) and isinstance(result[1], float):
         seconds, cpu = seconds + result[1], cpu + result[1]
-    return seconds, cpu, (peak - before) / 1e6
+    return Timed(result, seconds, cpu, (peak - before) / 1e6)
+
+
+def timed(work: Callable[[], object], repeats: int) -> Timed:
+    """Medians of the repeats' seconds, the most memory, and what the last one returned; no earlier result is held."""
+    runs = [watched(work)]
+    for _ in range(repeats - 1):
+        runs[-1] = replace(runs[-1], result=None)
+        runs.append(watched(work))
+    seconds, cpu = (statistics.median(values) for values in zip(*((x.seconds, x.cpu) for x in runs), strict=True))
+    return Timed(runs[-1].result, seconds, cpu, max(x.memory for x in runs))
+
+
+def truth(r: Round, module: str) -> tuple[Tensor, float]:
+    """The sum in float64, and the least error of any matrix of the largest rank."""
+    if module not in r.truths:
+        B = torch.cat([x.B.double() * p for x, p in zip(r.pairs(module), r.shares(), strict=True)], 1)
+        W = B @ torch.cat([x.A.double() for x in r.pairs(module)])
+        squares = torch.linalg.eigvalsh(W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W).clamp(min=0)
+        r.truths[module] = W, float(squares[: len(squares) - max(r.distinct(module))].sum()) ** 0.5
+    return r.truths[module]
 
 
 def excess(r: Round, module: str, X: Tensor) -> float:
     """‖W − X‖_F beyond the optimum of X's rank, relative, in float64."""
-    B = torch.cat([x.B.double() * p for x, p in zip(r.pairs(module), r.shares(), strict=True)], 1)
-    W = B @ torch.cat([x.A.double() for x in r.pairs(module)])
-    if W.shape[0] > W.shape[1]:
-        W, X = W.T, X.T
-    squares = torch.linalg.eigvalsh(W @ W.T).clamp(min=0)
-    least = float(squares[: len(squares) - max(r.distinct(module))].sum()) ** 0.5
+    W, least = truth(r, module)
     error, size = float(torch.linalg.vector_norm(W - X.double())), float(torch.linalg.vector_norm(W))
     # Nothing is lost where the rank reaches that of the sum: then the error itself, as a share of the sum.
     return error / least - 1 if least > 1e-6 * size else error / size
@@ -271,27 +296,23 @@ def compare(model: str, name: str, repeats: int, ways: list[str], errors: bool) 
         whole = {"seconds": seconds * layers, "cpu": cpu * layers, "MB": memory, "error": error}
         rows.append({"model": model, "clients": name, "way": way, **whole})
 
-    def median(runs: list[tuple[float, float, float]], part: int) -> float:
-        return statistics.median(run[part] for run in runs)
-
     work = ours(r)
-    runs = [watched(work) for _ in range(repeats)]
+    run = timed(work, repeats)
     ours_result = True
     X = work() if errors else {}
     ours_result = False
     error = max((excess(r, m, X[m]) for m in firsts.values()), default=None) if errors else None
-    row("ours", median(runs, 0) / AT_ONCE, median(runs, 1) / AT_ONCE, max(run[2] for run in runs), error)
+    row("ours", run.seconds / AT_ONCE, run.cpu / AT_ONCE, run.memory, error)
     for way in ways:
         total, cpu, memory, worst = 0.0, 0.0, 0.0, 0.0
         try:
             for shape, module in firsts.items():
-                work = OTHERS[way](r, module)
-                runs = [watched(work) for _ in range(repeats)]
-                total += median(runs, 0) * shape.count
-                cpu += median(runs, 1) * shape.count
-                memory = max(memory, *(run[2] for run in runs))
+                run = timed(OTHERS[way](r, module), repeats)
+                total += run.seconds * shape.count
+                cpu += run.cpu * shape.count
+                memory = max(memory, run.memory)
                 if errors:
-                    worst = max(worst, excess(r, module, work()[0]))
+                    worst = max(worst, excess(r, module, run.result[0]))
         except ImportError as missing:
             print(f"{way}: skipped, {missing}")
             continue
@@ -299,9 +320,9 @@ def compare(model: str, name: str, repeats: int, ways: list[str], errors: bool) 
     # the floor: nothing but the products of the stacked factors, one large product a core, by the faster library
     n, threads = 2048, torch.get_num_threads()
     M = torch.randn(n, n)
-    runs = [watched(lambda: each(lambda x: mm(x, x), [M] * threads)) for _ in range(5)]
+    run = timed(lambda: each(lambda x: mm(x, x), [M] * threads), 5)
     share = sum(2.0 * s.d_out * s.d_in * r.stacked(m) for m, s in modules.items()) / (2 * n**3) / threads / AT_ONCE
-    row("(products alone)", median(runs, 0) * share, median(runs, 1) * share, 0.0, None)
+    row("(products alone)", run.seconds * share, run.cpu * share, 0.0, None)
     return rows
 
 

@@ -183,7 +183,8 @@ def compare(
             single = [x for name, x in losses.items() if "bfloat16" not in name]
             if agree:  # dropout draws differ
                 assert max(single) - min(single) < 1e-4, losses
-                assert max(losses.values()) - min(losses.values()) < 0.02 * single[0], losses
+                # one batch in bfloat16 is up to 4 % off, whoever computes it, and over 64 of them .1 %
+                assert max(losses.values()) - min(losses.values()) < 0.05 * single[0], losses
     tokens = statistics.fmean(sum(len(x.input_ids) for x in batch) for batch in batches)
     labels = statistics.fmean(sum(label_tokens(x, inputs) for x in batch) for batch in batches)
     total = statistics.fmean if len(batches) > 1 else statistics.median
