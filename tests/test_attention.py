@@ -14,8 +14,9 @@ from torch import Tensor
 
 from flexlora import attention
 from flexlora.decoding import has_slots
+from flexlora.logits import said
 from flexlora.modeling import load_model
-from flexlora.rows import Shared
+from flexlora.rows import Rows, Shared
 from tiny import tiny_model
 
 
@@ -61,8 +62,9 @@ def as_networks_have_them(
 def in_one_row(parts: list[Tensor], shared: Shared, **more: Any) -> Tensor:
     q, k, v = parts
     module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
-    with attention.sharing(shared):
-        return attention.attend(module, q, k, v, shared.mask(), scaling=q.shape[3] ** -0.5, **more)[0]
+    mask = shared.mask()
+    with attention.sharing(shared, mask):
+        return attention.attend(module, q, k, v, mask, scaling=q.shape[3] ** -0.5, **more)[0]
 
 
 def assert_shared_attention(parts: list[Tensor], shared: Shared, draw: torch.Generator, near: float) -> None:
@@ -129,6 +131,33 @@ def test_a_shared_row_keeps_no_copy_for_a_sequence() -> None:
     assert y.is_contiguous()
 
 
+def test_a_mask_that_a_layer_makes_of_the_rows_counts() -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
+    q, k, v = as_networks_have_them(draw, 13, (4, 2, 2), 16)
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=True)
+    mask, bias = shared.mask(), torch.randn(1, 4, 13, 13, generator=draw)
+    with attention.sharing(shared, mask):
+        y, _ = attention.attend(module, q, k, v, bias.masked_fill(~mask, -torch.inf), scaling=0.25)
+    for h in range(4):
+        scores = q[0, h].double() @ k[0, h // 2].double().T / 4 + bias[0, h].double()
+        truth = scores.masked_fill(~mask[0, 0], -torch.inf).softmax(-1) @ v[0, h // 2].double()
+        torch.testing.assert_close(y[0, :, h].double(), truth, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "position_bias"])
+def test_what_is_added_to_scores_in_bfloat16(name: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 6, 16, generator=draw).bfloat16().requires_grad_() for n in (4, 2, 2))
+    bias = torch.randn(1, 4, 6, 6, generator=draw).bfloat16()
+    module = SimpleNamespace(num_key_value_groups=2, is_causal=False)
+    given: dict[str, Any] = {"attention_mask": None} | {name: bias}
+    y, _ = attention.attend(module, q, k, v, scaling=0.25, **given)
+    for h in range(4):
+        scores = q[0, h].double() @ k[0, h // 2].double().T / 4 + bias[0, h].double()
+        truth = scores.softmax(-1) @ v[0, h // 2].double()
+        torch.testing.assert_close(y[0, :, h].double(), truth, atol=0.02, rtol=0.02)
+
+
 def test_nothing_stays_shared() -> None:
     draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
     q, k, v = parts = as_networks_have_them(draw, 13, (4, 2, 2), 16)
@@ -141,23 +170,20 @@ def test_nothing_stays_shared() -> None:
 
 
 def test_a_model_attends_that_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_model(str(tiny_model(tmp_path)), precision="bfloat16")
-    calls: list[torch.dtype] = []
-
-    def noted(module: Any, query: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, None]:
-        calls.append(query.dtype)
-        return sdpa(module, query, *rest, **more)
-
-    from transformers.integrations import sdpa_attention
-
-    sdpa = sdpa_attention.sdpa_attention_forward
-    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", noted)
-    ids = torch.arange(6)[None]
-    model.network(ids)
-    with torch.no_grad():
-        model.network(ids)
-    layers = model.network.config.num_hidden_layers
-    assert calls == [torch.float32] * layers + [torch.bfloat16] * layers
+    """In a shared row always; otherwise in bfloat16 while gradients are recorded."""
+    calls: list[int] = []
+    apply = attention._Attention.apply
+    monkeypatch.setattr(attention._Attention, "apply", lambda *given: calls.append(1) or apply(*given))
+    shared, ids = Shared(5, (3, 1, 4)), torch.arange(13)[None]
+    tiny_model(tmp_path)
+    for precision, expected in (("float32", [1, 1, 0, 0]), ("bfloat16", [1, 1, 1, 0])):
+        model, counts = load_model(str(tmp_path), precision=precision), []
+        for grad, rows in ((True, shared), (False, shared), (True, None), (False, None)):
+            calls.clear()
+            with torch.set_grad_enabled(grad):
+                said(model.network, Rows(ids, torch.arange(5, 13), ids[0, :8], rows))
+            counts.append(len(calls))
+        assert counts == [x * model.network.config.num_hidden_layers for x in expected]
 
 
 def test_prompts_are_still_decoded_side_by_side(tmp_path: Path) -> None:

@@ -174,11 +174,26 @@ def test_a_norm_and_its_gradient_are_those_of_float64(tokens: int, size: int, sc
         assert torch.equal(norm(x), y)
 
 
-def test_a_norm_in_half_precision_is_transformers_own() -> None:
-    plain, lean = [LlamaRMSNorm(12).requires_grad_(False).bfloat16() for _ in range(2)]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_in_half_precision_is_transformers_own_with_the_gradient_of_float64(dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    plain, lean = [LlamaRMSNorm(40).requires_grad_(False).to(dtype) for _ in range(2)]
+    for norm in (plain, lean):
+        norm.weight.copy_(torch.linspace(0.5, 2, 40))
     blocks.use(nn.ModuleList([lean]))
-    x = torch.randn(3, 12).bfloat16()
-    assert torch.equal(plain(x), lean(x))
+    x = torch.randn(3, 7, 40, generator=draw).to(dtype).requires_grad_()
+    weights = torch.randn(3, 7, 40, generator=draw).to(dtype)
+    y = lean(x)
+    assert type(y.grad_fn).__name__ == "RootMeanSquareBackward"
+    assert torch.equal(y, plain(x))
+    (dx,) = torch.autograd.grad(y, x, weights)
+    z = x.detach().double().requires_grad_()
+    truth = lean.weight.double() * z / (z.square().mean(-1, keepdim=True) + lean.variance_epsilon).sqrt()
+    (expected,) = torch.autograd.grad(truth, z, weights.double())
+    assert dx.dtype == dtype
+    assert float((dx.double() - expected).norm()) < torch.finfo(dtype).eps * float(expected.norm())
+    with torch.no_grad():
+        assert torch.equal(lean(x), plain(x))
 
 
 def test_what_is_changed_after_the_norm_is_kept_as_it_was_changed() -> None:

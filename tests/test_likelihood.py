@@ -85,12 +85,25 @@ def test_the_logits_of_a_piece_are_all_there_is() -> None:
     assert x.grad is not None
 
 
-def test_half_precision_keeps_its_type() -> None:
-    x = torch.randn(4, 9, dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.tensor([0, 8, 2, 2])
-    loss = negative_log_likelihood(x, labels)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("with_head", [False, True])
+def test_half_precision_keeps_its_type_and_small_gradients(dtype: torch.dtype, with_head: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    head = nn.Linear(9, 9, bias=False).requires_grad_(False).to(dtype)
+    head.weight.copy_(torch.eye(9))
+    x = torch.randn(70, 9, generator=draw).to(dtype)
+    labels, weights = torch.randint(9, (70,), generator=draw), torch.randint(1, 4, (70,), generator=draw).float()
+    x[torch.arange(40), labels[:40]] += 9  # nearly certain: p - 1 is lost where p is rounded first
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    loss = negative_log_likelihood(ours, labels, weights, head if with_head else None)
     loss.backward()
+    expected = (F.cross_entropy(exact, labels, reduction="none") * weights).sum()
+    expected.backward()
     assert loss.dtype == torch.float32
-    assert x.grad is not None
-    assert x.grad.dtype == torch.bfloat16
-    torch.testing.assert_close(loss, F.cross_entropy(x.float(), labels, reduction="sum"))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    assert ours.grad is not None
+    assert exact.grad is not None
+    assert ours.grad.dtype == dtype
+    at = torch.arange(70), labels
+    torch.testing.assert_close(ours.grad[at].double(), exact.grad[at], rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=1e-2, atol=1e-6)

@@ -277,6 +277,22 @@ def test_a_row_holds_no_more_than_a_micro_batch_would_or_one_lane(
     assert least <= max(tokens) <= most
 
 
+def test_a_mean_over_many_labels_is_not_too_small_for_float16(model: Model, folder: Path) -> None:
+    """SGD moves the adapter by what the gradient is: in float16 about as in float32."""
+    examples = [Example(tuple(range(3, 60)), 1) for _ in range(64)]
+    training = replace(
+        TRAINING, optimizer="sgd", learning_rate=1.0, batch_size=64, micro_batch_size=64, epochs=1, warmup=0
+    )
+    half, start = load_model(str(folder), precision="float16"), start_adapter(model)
+    found = [train_client(one, task_of(start, training), examples).adapter for one in (model, half)]
+    for m, origin in start.items():
+        whole, halved = (x[m] for x in found)
+        assert isinstance(whole, LowRank)
+        assert isinstance(halved, LowRank)
+        for x, y, z in ((whole.A, halved.A, origin.A), (whole.B, halved.B, origin.B)):
+            assert float((x - y).norm()) < 0.01 * float((x - z).norm())
+
+
 def test_windows_are_not_shared(model: Model) -> None:
     assert model.shares_rows
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": 8})

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -88,6 +87,8 @@ class FrozenLinear(nn.Linear):
 
     packed: Any = None
     """What unpacks `weight` where it is in four bits."""
+    extra: Factors | None = None
+    """Fixed low-rank term on top of the base weight (flora, fedex, florist)."""
 
     def dense(self) -> Tensor:
         """The weight (d_out, d_in), unpacked if it has to be."""
@@ -106,48 +107,75 @@ class AdaptedLinear(FrozenLinear):
 
     term: Factors | Scattered | None
     """What this client trains or scores; None: the bare base layer."""
-    extra: Factors | None
-    """Fixed low-rank term on top of the base weight (flora, fedex, florist)."""
 
     def forward(self, input: Tensor) -> Tensor:
         term = self.term
         if isinstance(term, Scattered):
-            y = _SparseLinear.apply(input, self, term.values, term.index)
-        elif term is None or not len(term.A):
-            y = super().forward(input)
-        else:
-            p = term.dropout if self.training else 0.0
-            A, B = term.A.to(input.dtype), term.B.to(input.dtype)
-            drop = dropped(input, p) if p else None
-            y = _LowRankLinear.apply(input, drop, self, A, B, term.scaling / (1 - p), *remade(input))
-        if self.extra is not None:
-            A, B = self.extra.A.to(input.dtype), self.extra.B.to(input.dtype)
-            y = y + F.linear(F.linear(input, A), B) * self.extra.scaling
-        return y
+            return _SparseLinear.apply(input, self, term.values, term.index)
+        if term is None or not len(term.A):
+            return super().forward(input)
+        p = term.dropout if self.training else 0.0
+        A, B = term.A.to(input.dtype), term.B.to(input.dtype)
+        drop = dropped(input, p) if p else None
+        return _LowRankLinear.apply(input, drop, self, A, B, term.scaling / (1 - p), *remade(input))
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """y = W x + b, with a gradient for x alone."""
+    """y = (W + Δ) x + b with Δ the frozen term, and a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: FrozenLinear) -> Tensor:
         ctx.layer = layer
-        return _through(x, layer)
+        return _through(x, layer, [layer.dense()], [], ctx.needs_input_grad[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        layer: FrozenLinear = ctx.layer
-        return mm(grad.flatten(0, -2), layer.dense()).view(*grad.shape[:-1], layer.in_features), None
+        return _back(grad.flatten(0, -2), ctx.layer, [ctx.layer.dense()]).view(*grad.shape[:-1], -1), None
 
 
-def _through(x: Tensor, layer: FrozenLinear) -> Tensor:
-    y = mm(x.flatten(0, -2), layer.dense().T).view(*x.shape[:-1], layer.out_features)
+def _through(
+    x: Tensor,
+    layer: FrozenLinear,
+    weights: list[Tensor],
+    terms: list[tuple[Tensor, Tensor, float]],
+    gradients: bool,
+) -> Tensor:
+    """(Σ W) x + b + Δ x + Σ s B h of `terms` (h, B, s), h (tokens, r).
+
+    In half precision it is one product: W x, once rounded, would swallow every term below half its last digit, which is most
+    of what an adapter adds in its first steps. Not so where few tokens are decoded, for which reading W is the work.
+    """
+    flat = x.flatten(0, -2)
+    if layer.extra is not None:
+        A, B = layer.extra.A.to(x.dtype), layer.extra.B.to(x.dtype)
+        terms = [*terms, (mm(flat, A.T), B, layer.extra.scaling)]
+    sides = [flat] * len(weights)
+    if x.dtype in HALF and (gradients or len(flat) > FEW):
+        sides, weights = sides + [h for h, _, _ in terms], weights + [B * s for _, B, s in terms]
+        terms = []
+    y = mm(_joined(sides, 1), _joined(weights, 1).T)
+    for h, B, s in terms:
+        y.addmm_(h, B.T, alpha=s)
+    y = y.view(*x.shape[:-1], layer.out_features)
     return y if layer.bias is None else y.add_(layer.bias)
 
 
+def _back(g: Tensor, layer: FrozenLinear, weights: list[Tensor]) -> Tensor:
+    """(Σ W + Δ)ᵀ g, g (tokens, d_out)."""
+    dx = mm(_joined([g] * len(weights), 1), _joined(weights, 0))
+    if layer.extra is not None:
+        A, B = layer.extra.A.to(g.dtype), layer.extra.B.to(g.dtype)
+        dx.addmm_(mm(g, B), A, alpha=layer.extra.scaling)
+    return dx
+
+
+def _joined(parts: list[Tensor], side: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, side)
+
+
 class _LowRankLinear(torch.autograd.Function):
-    """y = W x + b + s B A z with z = x, or x without what was `dropped`: the low-rank term is added inside the products.
+    """y = (W + Δ) x + b + s B A z with z = x, or x without what was `dropped`: the low-rank term is added inside the products.
 
     Against the same in plain operations it saves three passes over (tokens, d_out) and (tokens, d_in), and the memory
     of the products.
@@ -166,11 +194,7 @@ class _LowRankLinear(torch.autograd.Function):
         *of: Tensor,
     ) -> Tensor:
         h = mm(_kept(x, drop), A.T)  # (tokens, r)
-        if x.dtype in HALF and (any(ctx.needs_input_grad) or len(h) > FEW):
-            y = _rounded_once(x, h, layer, B * s)
-        else:
-            y = _through(x, layer)
-            y.view(-1, y.shape[-1]).addmm_(h, B.T, alpha=s)
+        y = _through(x, layer, [layer.dense()], [(h, B, s)], any(ctx.needs_input_grad))
         # not z: several layers have their x in common
         ctx.save_for_backward(drop, A, B, h, *(of if made else (x,)))
         ctx.layer, ctx.s, ctx.made = layer, s, made
@@ -187,7 +211,7 @@ class _LowRankLinear(torch.autograd.Function):
         dh = mm(g, B)
         dx = dA = dB = None
         if need_x:
-            dx = mm(g, ctx.layer.dense())
+            dx = _back(g, ctx.layer, [ctx.layer.dense()])
             if drop is None:
                 dx.addmm_(dh, A, alpha=ctx.s)
             else:
@@ -201,13 +225,37 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, None, None, dA, dB, None, None, *(None for _ in of)
 
 
-def _rounded_once(x: Tensor, h: Tensor, layer: FrozenLinear, B: Tensor) -> Tensor:
-    """W x + b + B h as one product. In half precision W x, once rounded, would swallow every term below half its last
-    digit, which is most of what an adapter adds in its first steps.
+class _SparseLinear(torch.autograd.Function):
+    """y = (W + Δ + D) x + b, with gradients for x and the values of D; W + D is built twice rather than kept.
+
+    In half precision W and D are not added, where W would swallow D, but stand side by side in one product.
     """
-    joined, weights = torch.cat([x.flatten(0, -2), h], 1), torch.cat([layer.dense(), B], 1)
-    y = mm(joined, weights.T).view(*x.shape[:-1], layer.out_features)
-    return y if layer.bias is None else y.add_(layer.bias)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, values: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(x, values, index)
+        ctx.layer = layer
+        return _through(x, layer, _with_sparse(layer.dense(), values, index), [], any(ctx.needs_input_grad))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, values, index = ctx.saved_tensors
+        g = grad.flatten(0, -2)  # (tokens, d_out)
+        dx = dvalues = None
+        if ctx.needs_input_grad[0]:
+            dx = _back(g, ctx.layer, _with_sparse(ctx.layer.dense(), values, index)).view(x.shape)
+        if ctx.needs_input_grad[2]:
+            dvalues = mm(g.T, x.flatten(0, -2)).flatten()[index].to(values.dtype)
+        return dx, None, dvalues, None
+
+
+def _with_sparse(weight: Tensor, values: Tensor, index: Tensor) -> list[Tensor]:
+    """W + D, in half precision [W, D]."""
+    half = weight.dtype in HALF
+    D = (torch.zeros_like(weight) if half else weight.detach().clone()).view(-1)
+    D = D.index_add_(0, index, values.detach().to(D.dtype)).view(weight.shape)
+    return [weight, D] if half else [D]
 
 
 @contextmanager
@@ -250,32 +298,6 @@ def _without(x: Tensor, drop: Tensor) -> Tensor:
         return x.masked_fill_(drop, 0)
     x.view(-1).index_fill_(0, drop, 0)
     return x
-
-
-class _SparseLinear(torch.autograd.Function):
-    """y = (W + D) x, with gradients for x and the values of D; W + D is built twice rather than kept."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: FrozenLinear, values: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(x, values, index)
-        ctx.layer = layer
-        return F.linear(x, _scatter(layer.dense(), values, index), layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
-        x, values, index = ctx.saved_tensors
-        g = grads[0]
-        dx = g @ _scatter(ctx.layer.dense(), values, index) if ctx.needs_input_grad[0] else None
-        dvalues = None
-        if ctx.needs_input_grad[2]:
-            dense = g.flatten(0, -2).T @ x.flatten(0, -2)  # (d_out, d_in)
-            dvalues = dense.flatten()[index].to(values.dtype)
-        return dx, None, dvalues, None
-
-
-def _scatter(weight: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    flat = weight.detach().clone().view(-1)
-    return flat.index_add_(0, index, values.detach().to(flat.dtype)).view(weight.shape)
 
 
 def freeze(module: nn.Linear) -> FrozenLinear:

@@ -48,25 +48,34 @@ class Gated(nn.Module):
         return self.down_proj(y)
 
 
+COMPUTED = (torch.float32, torch.bfloat16, torch.float16)
+
+
 class RootMeanSquare(torch.autograd.Function):
     """w x / √(mean(x²) + ε) of x (..., d) and w (d,), the mean over d (RMSNorm, arXiv 1910.07467, equation 4), with a gradient for
-    x alone; float32 on a processor.
+    x alone; on a processor. What is in half precision is computed in float32, but for the product with w.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        y = empty(*x.shape)
-        scale = torch.mul(x, x, out=y).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        h, y = _single(x), empty(*x.shape)
+        scale = torch.mul(h, h, out=y).mean(-1, keepdim=True).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, scale, weight)
-        return torch.mul(x, scale, out=y).mul_(weight)
+        return torch.mul(h, scale, out=y).to(x.dtype).mul_(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, scale, weight = ctx.saved_tensors
-        dx, along = torch.mul(grad, weight, out=empty(*x.shape)), empty(*x.shape)
-        share = torch.mul(dx, x, out=along).mean(-1, keepdim=True).mul_(scale**3)
-        return dx.mul_(scale).sub_(torch.mul(x, share, out=along)), None, None
+        h, along = _single(x), empty(*x.shape)
+        dx = torch.mul(_single(grad), weight, out=empty(*x.shape))
+        share = torch.mul(dx, h, out=along).mean(-1, keepdim=True).mul_(scale**3)
+        return dx.mul_(scale).sub_(torch.mul(h, share, out=along)).to(x.dtype), None, None
+
+
+def _single(x: Tensor) -> Tensor:
+    """x in float32, itself where it is."""
+    return x if x.dtype == torch.float32 else empty(*x.shape).copy_(x)
 
 
 class Normed(nn.Module):
@@ -76,7 +85,7 @@ class Normed(nn.Module):
     variance_epsilon: float
 
     def forward(self, x: Tensor) -> Tensor:
-        if type(x) is Tensor and x.dtype == self.weight.dtype == torch.float32 and x.device.type == "cpu":
+        if type(x) is Tensor and x.dtype == self.weight.dtype and x.device.type == "cpu" and x.dtype in COMPUTED:
             return RootMeanSquare.apply(x, self.weight, self.variance_epsilon)
         return super().forward(x)
 

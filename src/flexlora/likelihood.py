@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from flexlora.products import mm
 
 PIECE = 128
-"""Labels whose logits exist at once."""
+"""Labels whose logits exist at once in float32; in half precision twice as many."""
 ROWS = 32
 """Labels that are worked on together: their logits stay in a processor's cache."""
 
@@ -39,9 +39,12 @@ def negative_log_likelihood(
 
 def token_nll(x: Tensor, labels: Tensor, head: nn.Linear | None = None) -> Tensor:
     """Negative log likelihood (n,) in float64 of `labels` (n,), without gradients; x as in `negative_log_likelihood`."""
-    pieces = zip(x.split(PIECE), labels.split(PIECE), strict=True)
+    found = []
     with torch.no_grad():
-        return torch.cat([F.cross_entropy(logits(a, head).float(), y, reduction="none").double() for a, y in pieces])
+        for a, y in zip(x.split(PIECE), labels.split(PIECE), strict=True):
+            for rows, label in zip(logits(a, head).split(ROWS), y.split(ROWS), strict=True):
+                found.append(F.cross_entropy(rows.float(), label, reduction="none").double())
+    return torch.cat(found)
 
 
 def logits(x: Tensor, head: nn.Linear | None) -> Tensor:
@@ -58,8 +61,9 @@ class _Likelihood(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, labels: Tensor, weights: Tensor | None, head: nn.Linear | None) -> Tensor:
         grad, loss = torch.empty_like(x), x.new_zeros((), dtype=torch.float32)
-        for a in range(0, len(x), PIECE):
-            piece = slice(a, a + PIECE)
+        size = PIECE * 4 // x.element_size()
+        for a in range(0, len(x), size):
+            piece = slice(a, a + size)
             grad[piece] = _piece(x[piece], labels[piece], None if weights is None else weights[piece], head, loss)
         ctx.save_for_backward(grad)
         return loss
@@ -73,14 +77,17 @@ class _Likelihood(torch.autograd.Function):
 
 def _piece(x: Tensor, labels: Tensor, weights: Tensor | None, head: nn.Linear | None, loss: Tensor) -> Tensor:
     """The gradient of a piece, whose loss is added to `loss`. Its logits end with the function, before there are others."""
-    z = logits(x, head).to(torch.float32, copy=head is None)
+    z = x.clone() if head is None else logits(x, head)
     for i in range(0, len(z), ROWS):
         rows = slice(i, i + ROWS)
-        part, label, logs = z[rows], labels[rows, None], z[rows].log_softmax(-1)
+        label, logs = labels[rows, None], z[rows].float().log_softmax(-1)
         nll = logs.gather(-1, label).squeeze(-1).neg_()
-        torch.exp(logs, out=part).scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
+        part = torch.exp(logs, out=z[rows] if z.dtype == logs.dtype else logs)
+        part.scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
         if weights is not None:
             nll.mul_(weights[rows])
             part.mul_(weights[rows, None])
+        if z.dtype != part.dtype:
+            z[rows] = part
         loss += nll.sum()
-    return z if head is None else mm(z.to(x.dtype), head.weight)
+    return z if head is None else mm(z, head.weight)

@@ -79,7 +79,10 @@ def said(network: nn.Module, rows: Rows) -> tuple[Tensor, nn.Linear | None]:
         device = rows.input_ids.device
         more |= {"position_ids": rows.shared.positions(device), "attention_mask": rows.shared.mask(device)}
     head = bare_head(network)
-    with (logits_at if head is None else states_at)(network, rows.keep), sharing(rows.shared):
+    with (
+        (logits_at if head is None else states_at)(network, rows.keep),
+        sharing(rows.shared, more.get("attention_mask")),
+    ):
         return network(input_ids=rows.input_ids, **more).logits.flatten(0, 1), head
 
 

@@ -32,7 +32,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.bfloat16 and a.shape[0] <= FEW and a.device.type == "cpu":
         return (b.T @ a.T).T.contiguous()
     if not (_SERVED and _fits(a, b)):
-        return a @ b
+        return _torch_mm(a, b)
     threads = torch.get_num_threads()
     if threads > 1 and not _SLEEP:
         return a @ b
@@ -50,6 +50,12 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     for part in waiting:
         part.result()
     return torch.from_numpy(out)
+
+
+def _torch_mm(a: Tensor, b: Tensor) -> Tensor:
+    if _fits(a, b) and a.dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.mm(a.detach(), b.detach(), out=empty(a.shape[0], b.shape[1]))
+    return a @ b
 
 
 def empty(*shape: int) -> Tensor:

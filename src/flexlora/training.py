@@ -133,17 +133,15 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
     """Add the gradients of one batch, pass after pass; returns its loss.
 
     Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
-    row, and dropout's draw for the beginning; on a processor no more than micro_batch_size examples of their own
-    would hold, or one lane, and no more than two lanes. Otherwise micro_batch_size examples of like lengths go together.
+    row, and dropout's draw for the beginning; no more than micro_batch_size examples of their own would hold, or one lane, and
+    no more than two lanes (a mask is of the row's length squared). Otherwise micro_batch_size examples of like lengths go together.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
     inputs, most = training.train_on_inputs, training.micro_batch_size
     beginning = common_beginning(chosen, inputs) if model.shares_rows else 0
     if beginning:
-        room = most * training.cutoff_len
-        if model.side_by_side:
-            asked_for = max(most * len(chosen[0].input_ids), LANE)
-            room = min(room, asked_for, max(training.cutoff_len, 2 * LANE))
+        asked_for = max(most * len(chosen[0].input_ids), LANE)
+        room = min(most * training.cutoff_len, asked_for, max(training.cutoff_len, 2 * LANE))
         passes = [[part] for part in fill(chosen, beginning, room)]
     else:
         cuts = [chosen[a : a + most] for a in range(0, len(chosen), most)]
@@ -154,8 +152,12 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
             _Lane(collate(part, inputs, model.device, beginning=beginning), generator(seed, "dropout", a, i))
             for i, part in enumerate(parts)
         ]
-        total += _add_gradients(model, [x for x in lanes if len(x.rows.labels)], count)
-    return total.item()
+        total += _add_gradients(model, [x for x in lanes if len(x.rows.labels)])
+    # Only now: what goes back through a network in float16 would be too small for it.
+    for leaf in model.trainable():
+        if leaf.grad is not None:
+            leaf.grad.div_(count)
+    return total.item() / count
 
 
 class _Lane(NamedTuple):
@@ -164,15 +166,15 @@ class _Lane(NamedTuple):
     """What dropout on a processor draws from: lanes may run side by side."""
 
 
-def _add_gradients(model: Model, lanes: Sequence[_Lane], count: int) -> Tensor:
-    """Add to the gradients those of one pass, lane by lane, side by side where there are cores; returns its loss.
+def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
+    """Add to the gradients those of one pass, lane by lane, side by side where there are cores; returns its summed loss.
 
     They are summed in the order of the lanes, so that it does not matter by one bit which is done first.
     """
 
     def loss_of(lane: _Lane) -> Tensor:
         with dropout_from(lane.draws):
-            return loss_sum(model, lane.rows) / count
+            return loss_sum(model, lane.rows)
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
     if min(cores, len(lanes)) < 2:
