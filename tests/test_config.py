@@ -160,3 +160,24 @@ def test_keys_reach_the_method_and_slora_hands_them_on(baseline: str) -> None:
     rule = method.distribute(state, ranks).rule
     assert rule.prune is not None
     assert rule.prune[:2] == (0.25, 0.5)
+
+
+def test_the_second_stage_of_slora_is_the_one_that_was_said() -> None:
+    from flexlora.launch import method_of, refuse_unequal
+    from flexlora.ranks import read_plan
+
+    def equal(**keys: object) -> bool:
+        return method_of(make_config({"baseline": "slora", **keys})).equal_ranks
+
+    assert [equal(), equal(method_options={"then": "fedavg"})] == [False, True]
+    assert equal(method="fedavg", method_options={"then": "fedavg"})
+    with pytest.raises(FlexLoraError) as caught:
+        equal(method="hetlora", method_options={"then": "fedavg"})
+    assert str(caught.value) == (
+        "method_options: then is 'fedavg' and method is 'hetlora', which slora is to be followed by; leave one out"
+    )
+    with pytest.raises(FlexLoraError, match="method 5 does not exist"):
+        equal(method_options={"then": 5})
+    config = make_config({"baseline": "slora", "method_options": {"then": "fedavg"}})
+    with pytest.raises(FlexLoraError, match="method fedavg needs equal ranks and ranks is 'random'"):
+        refuse_unequal(config, method_of(config), read_plan("random", lora_r=8, hidden_size=64))

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flexlora import lowrank, modeling, ranks, wire
-from flexlora.checkpoint import checkpoint_rounds
+from flexlora.checkpoint import checkpoint_folder, checkpoint_rounds, read_checkpoint, write_checkpoint
 from flexlora.collection import RoundLog
 from flexlora.config import Config
 from flexlora.engine import restore_adapter, run_rounds
@@ -236,6 +236,51 @@ def test_changed_configuration_is_refused(tmp_path: Path) -> None:
     assert [line["round"] for line in more.metrics] == [1, 2, 3, 4, 5, 6]
 
 
+def held(run: Run) -> tuple[list[int], bytes]:
+    return checkpoint_rounds(run.checkpoints), (run.folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("at", [None, 0, 3])
+def test_another_method_is_refused_by_name_wherever_the_run_is_taken_up(tmp_path: Path, at: int | None) -> None:
+    run = play(tmp_path, NoisyRunner())
+    before = held(run)
+    for method in ("hetlora", "flora"):
+        with pytest.raises(FlexLoraError, match=f"method is '{method}' now and was 'auto'"):
+            last_standing(setup_of(tmp_path, method=method), run, lambda event, facts: None, at)
+    assert held(run) == before
+
+
+@pytest.mark.parametrize("at", [None, 0, 3])
+@pytest.mark.parametrize(("key", "what"), [("base", "the weights of smollm2"), ("wording", "the template chat")])
+def test_other_contents_under_the_same_name_are_refused(tmp_path: Path, at: int | None, key: str, what: str) -> None:
+    setup = replace(setup_of(tmp_path), base="b", wording="w")
+    run = play(tmp_path, NoisyRunner(), setup)
+    before = held(run)
+    with pytest.raises(FlexLoraError, match=f"{what} changed since the run began; put back what it was"):
+        last_standing(replace(setup, **{key: "other"}), run, lambda event, facts: None, at)
+    assert held(run) == before
+
+
+def test_a_checkpoint_that_does_not_say_its_contents_is_gone_on_from(tmp_path: Path) -> None:
+    run = play(tmp_path, NoisyRunner())
+    state, progress = read_checkpoint(checkpoint_folder(run.checkpoints, 4), first_standing(setup_of(tmp_path)).state)
+    del progress["base"], progress["wording"]
+    write_checkpoint(run.checkpoints, 4, state, progress)
+    setup = replace(setup_of(tmp_path), base="b", wording="w")
+    assert last_standing(setup, run, lambda event, facts: None).round == 4
+
+
+def test_a_round_that_is_asked_for_and_damaged_is_refused_before_anything_is_removed(tmp_path: Path) -> None:
+    setup = setup_of(tmp_path, losses=(5.0, 1.0, 3.0, 3.0, 3.0, 3.0), rounds=6)
+    run = play(tmp_path, NoisyRunner(), setup)
+    assert checkpoint_rounds(run.checkpoints) == [2, 5, 6]
+    (run.checkpoints / "round-0005" / "state.safetensors").write_bytes(b"")
+    before = held(run)
+    with pytest.raises(FlexLoraError, match=r"resume_from: .*round-0005.*; there are: 2, 5, 6"):
+        last_standing(setup, run, lambda event, facts: None, 5)
+    assert held(run) == before
+
+
 def test_rounds_grown_later_equal_rounds_asked_for_at_once(tmp_path: Path) -> None:
     at_once = play(tmp_path / "a", NoisyRunner(), setup_of(tmp_path / "a", rounds=6))
     play(tmp_path / "b", NoisyRunner(), setup_of(tmp_path / "b", rounds=3))
@@ -424,6 +469,14 @@ def test_nobody_answers_stops_with_the_state_saved(tmp_path: Path) -> None:
     resumed = play(tmp_path, NoisyRunner())
     alone = play(tmp_path / "alone", NoisyRunner())
     same_files(alone.folder, resumed.folder, "adapter/*")
+
+
+def test_too_few_asked_are_told_by_counts(tmp_path: Path) -> None:
+    """Everyone who was asked has answered."""
+    with pytest.raises(
+        FlexLoraError, match=r"too few clients answered in 3 attempts \(1 of 1 clients answered, 2 needed\)"
+    ):
+        play(tmp_path, NoisyRunner(), setup_of(tmp_path, participation=0.01, min_clients=2))
 
 
 def test_energy_and_truncation_are_logged(tmp_path: Path) -> None:

@@ -162,7 +162,8 @@ def test_a_module_that_nobody_brings_waits_with_its_start() -> None:
     state = method.aggregate(state, [ClientUpdate(0, 1.0, ones)])
     v = lowrank.delta(method.delta(state)["v_proj"])
     download = method.distribute(state, {Q: 2})
-    state = method.aggregate(state, [ClientUpdate(0, 1.0, download.adapter)])
+    nothing = ClientUpdate(1, 0.0, method.distribute(state, dict.fromkeys(shapes, 2)).adapter)
+    state = method.aggregate(state, [ClientUpdate(0, 1.0, download.adapter), nothing])
     assert torch.equal(lowrank.delta(method.delta(state)["v_proj"]), v)
     assert float(v.norm()) > 1
 

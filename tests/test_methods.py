@@ -157,9 +157,13 @@ def test_a_taken_name_is_an_error() -> None:
         ("florist", {"threshold": "x"}, "threshold is 'x', it must be a number"),
         ("ffa", {"increments": "maybe"}, "increments is 'maybe', it must be true or false"),
         ("slora", {"then": 3}, "then is 3, it must be a word"),
+        ("flexlora-carry", {"name": "x"}, "'flexlora-carry' has no option 'name': it has eta"),
+        ("slora", {"name": "x"}, "'flexlora' has no option 'name': it has split"),
+        (5, {}, "method 5 does not exist: `flexlora methods` lists them"),
+        (["fedavg"], {}, "method ['fedavg'] does not exist"),
     ],
 )
-def test_impossible_choices_are_one_line(name: str, options: dict[str, Any], line: str) -> None:
+def test_impossible_choices_are_one_line(name: Any, options: dict[str, Any], line: str) -> None:
     with pytest.raises(FlexLoraError) as error:
         get_method(name, **options)
     assert line in str(error.value)

@@ -156,6 +156,13 @@ def test_noise_has_its_deviation_and_an_empty_round_is_noise_alone(name: str) ->
     torch.testing.assert_close(got, lowrank.delta(made.adapter["q"]).double(), rtol=1e-4, atol=1e-5)  # pyright: ignore[reportArgumentType]
 
 
+def test_a_run_played_again_with_other_noise_has_other_normals() -> None:
+    """Or the two releases, mean + σ₁z and mean + σ₂z, would give the mean."""
+    still, loud = torch.zeros(30, 40, dtype=torch.float64), mechanism()
+    a, b = (privacy.gaussian(still, m, 5, 1, "q").flatten() for m in (loud, replace(loud, noise=2 * loud.noise)))
+    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 4 / math.sqrt(a.numel())
+
+
 def test_noise_needs_the_whole_secret() -> None:
     """A torch generator takes 32 bits of a seed, which can be tried one by one."""
     still, loud = torch.zeros(30, 40, dtype=torch.float64), mechanism()

@@ -119,6 +119,17 @@ def test_a_round_that_is_left_in_the_middle_leaves_no_answer_to_the_next() -> No
     assert sorted(a.client for a in runner.train(2, plain_tasks(5))) == list(range(5))
 
 
+def test_a_pool_that_is_closed_in_the_middle_of_a_round_starts_nothing_more() -> None:
+    log: list[tuple[str, int]] = []
+    runner = pool(3, {}, log)
+    stream = runner._stream(plain_tasks(6))
+    next(stream)
+    runner.close()
+    stream.close()  # pyright: ignore[reportAttributeAccessIssue]
+    starts, closes = ([event for event, _ in log].count(name) for name in ("start", "close"))
+    assert starts == closes == 3
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
@@ -236,26 +247,6 @@ def test_a_worker_that_cannot_open_its_data_says_so(tiny: tuple[Path, Path], tmp
             list(runner.train(1, plain_tasks(1)))
     finally:
         runner.close()
-
-
-@pytest.mark.federation
-def test_ray_gives_the_bits_of_this_process_though_an_actor_is_killed(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    pytest.importorskip("ray")
-    from flexlora.runners.ray import ray_runner
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    config = config_of(tiny, workers=2, runner="ray")
-    runner = ray_runner(config, tmp_path / "there", range(4), config.local_training(1, "chat"))
-    try:
-        slots: Any = runner._slots
-        victim = slots[1]
-        victim.close()
-        check_against_this_process(runner, config, tmp_path)
-        assert slots[1] is not victim
-    finally:
-        runner.close()
-        torch.set_num_threads(threads)
 
 
 def test_this_process_starts_no_federation() -> None:

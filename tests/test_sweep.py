@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,27 @@ def test_a_sweep_skips_what_is_done(tmp_path: Path, tiny: dict[str, Any]) -> Non
         play_sweep(read_sweep(path, {"rounds": 5}))
     with pytest.raises(FlexLoraError, match="was run with epochs 1, the sweep says 2"):
         play_sweep(read_sweep(path, {"epochs": 2}))
+
+
+def test_a_run_whose_last_checkpoint_was_not_written_is_gone_on_with(tmp_path: Path, tiny: dict[str, Any]) -> None:
+    sweep = read_sweep(write(tmp_path, **tiny, vary={"seed": [1]}))
+    (run,) = play_sweep(sweep)
+    last = run.checkpoints / "round-0002"
+    state = (last / "state.safetensors").read_bytes()
+    shutil.rmtree(last)
+    rounds: list[int] = []
+    play_sweep(sweep, lambda event, facts: rounds.append(facts["round"]) if event == "saved" else None)
+    assert rounds == [2]
+    assert (last / "state.safetensors").read_bytes() == state
+    shutil.rmtree(run.checkpoints)  # to make room, once all is done
+    play_sweep(sweep, lambda event, facts: rounds.append(facts["round"]) if event == "saved" else None)
+    assert rounds == [2]
+
+
+def test_what_clients_state_of_their_memory_is_for_ranks_auto(tmp_path: Path) -> None:
+    axes = {"ranks": ["auto", "homo"]}
+    sweep = read_sweep(write(tmp_path, client_memory={"default": "8GB"}, vary=axes))
+    assert [config.client_memory for config in sweep.runs.values()] == [{"default": "8GB"}, {}]
 
 
 def test_the_base_model_is_scored_once_for_all_runs_that_score_it_alike(

@@ -139,7 +139,7 @@ def play_round(
     """One round without its scores: the new standing and the beginning of its line in metrics.jsonl."""
     config, number = setup.config, standing.round + 1
     secret = rundir.secret(run.folder) if setup.mechanism else 0
-    log = RoundLog({}, {})
+    log, answered = RoundLog({}, {}), ""
     for attempt in range(ATTEMPTS):
         present = sorted(set(standing.table) & set(runner.clients()))
         if setup.mechanism:
@@ -180,7 +180,7 @@ def play_round(
         answered = f"{len(log.accepted)} of {len(clients)} clients answered, {config.min_clients} needed"
         notify("note", {"text": f"round {number}: {answered}"})
     raise FlexLoraError(
-        f"round {number}: too few clients answered in {ATTEMPTS} attempts ({'; '.join(log.reasons()) or 'no answer'}); "
+        f"round {number}: too few clients answered in {ATTEMPTS} attempts ({'; '.join(log.reasons()) or answered}); "
         f"the state of round {standing.round} is saved: mend that, then `flexlora resume {run.folder}`"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 
 from flexlora import ranks
 from flexlora.card import about, model_card
+from flexlora.checkpoint import checkpoint_rounds
 from flexlora.client import load
 from flexlora.collection import Notify
 from flexlora.config import Config, make_config
 from flexlora.engine import run_rounds, taken_up
-from flexlora.launch import mechanism_of, method_of, template_name
+from flexlora.launch import mechanism_of, method_of, refuse_few, template_name
 from flexlora.modeling import load_adapter, save_adapter
 from flexlora.prompts import load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import Run, create_run, environment, exclusive, open_run, with_rounds
 from flexlora.runners.flower import FlowerRunner, NewSitesError
-from flexlora.standing import Setup, refuse_changes
+from flexlora.standing import Setup, first_standing, wording
 from flexlora.types import Adapter, ClientInfo, FlexLoraError, LowRank, Ranks, Shapes
 
 BYTES_A_PARAMETER = 16
@@ -43,7 +45,13 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         )
     if config.prompt_template.endswith(".json"):
         raise FlexLoraError("prompt_template: the sites do not have that file; choose a built-in template")
+    if config.ranks == "auto" or config.client_memory:
+        raise FlexLoraError(
+            "ranks: auto and client_memory are for clients on one machine; a site states memory=… or rank=… in its node "
+            "config: choose ranks='homo' or a distribution for those that state none"
+        )
     method = method_of(config)
+    mechanism = mechanism_of(config, config.num_clients or 0)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)
     shapes, base, hidden_size = model.shapes, model.fingerprint, model.hidden_size
@@ -55,37 +63,79 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
     ranks.refuse_stray(plan, shapes)
     folder = config.output_dir / config.name
     with exclusive(folder):
-        if not (folder / "config.yaml").exists():
-            create_run(config, folder, environment(run=secrets.token_hex(8)))
-        run = open_run(folder)
-        token = json.loads((folder / "env.json").read_text(encoding="utf-8"))["run"]
+        token, begun = token_of(folder), bool(checkpoint_rounds(folder / "checkpoints"))
         runner = FlowerRunner(grid, config, config.local_training(1, template), token, notify)
-        infos = runner.infos()
-        table = {number: ranks_of(config, plan, shapes, number, info) for number, info in infos.items()}
+        infos, stated = arrivals(runner, config, plan, shapes)
+        table = stated if begun or not method.equal_ranks else equalled(stated, config.method_name)
+        refuse_few(config, max(len(table), config.min_clients))  # a round waits for so many
         scorer = Scoreless(config, template, table)
-        mechanism = mechanism_of(config, config.num_clients or len(table))
-        setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism)
-        # Before a checkpoint is read: the state of another method would look damaged.
-        refuse_changes(setup, {"config": run.config.dump()}, run)
+        words = wording(load_template(template))
+        setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism, words)
+        if not begun:
+            # What the method cannot do is said before anything is written; a start that came to no round gives way.
+            if start is not None:
+                first_standing(setup)
+            (folder / "config.yaml").unlink(missing_ok=True)
+            create_run(config, folder, environment(run=token))
+        run = open_run(folder)
         notify("start", {"folder": folder, "clients": len(table), "rounds": config.rounds})
-        told: set[int] = set()
         while True:
             standing = taken_up(setup, run, notify)
             run = with_rounds(run, config.rounds)
-            stated = {number: ranks_of(config, plan, shapes, number, info) for number, info in infos.items()}
-            if method.equal_ranks and len(ranks.distinct(standing.table.values())) > 1:
-                raise FlexLoraError(f"method {config.method_name} needs equal ranks, and the sites say different ones")
             table = agreed(standing.table, stated, fixed=method.equal_ranks or method.fixed_ranks)
-            for number in sorted(set(stated) - set(table) - told):
-                told.add(number)
-                text = f"method {config.method_name} has no ranks as small as those that it states"
-                notify("note", {"text": f"site {number} takes no part: {text}"})
+            for number in sorted(set(stated) - set(table)):
+                reason = f"method {config.method_name} has no ranks as small as those that it states"
+                runner.turn_away(number, infos.pop(number), reason)
+                del stated[number]
             scorer.table = table
             runner.admit(infos)
             try:
                 return run_rounds(replace(setup, table=table), runner, run, replace(standing, table=table), notify)
             except NewSitesError:
-                infos = {**infos, **runner.infos()}
+                came, said = arrivals(runner, config, plan, shapes)
+                infos, stated = {**infos, **came}, {**stated, **said}
+
+
+def token_of(folder: Path) -> str:
+    """The name by which the sites know the run of this folder, a new one where none stands there.
+
+    Raises FlexLoraError where it is no federation's.
+    """
+    if not (folder / "config.yaml").exists():
+        return secrets.token_hex(8)
+    token = json.loads((folder / "env.json").read_text(encoding="utf-8")).get("run")
+    if token is None:
+        raise FlexLoraError(f"name: {folder} is no run of a federation; choose another name")
+    return token
+
+
+def arrivals(
+    runner: FlowerRunner, config: Config, plan: RankPlan, shapes: Shapes
+) -> tuple[dict[int, ClientInfo], dict[int, Ranks]]:
+    """What the sites say, and the ranks of each, once there are enough of them; those that can have none are turned away."""
+    while True:
+        infos = runner.infos()
+        stated: dict[int, Ranks] = {}
+        for number, info in infos.items():
+            try:
+                stated[number] = ranks_of(config, plan, shapes, number, info)
+            except FlexLoraError as error:
+                runner.turn_away(number, info, error)
+        if len(stated) == len(infos):
+            return infos, stated
+
+
+def equalled(stated: Mapping[int, Ranks], method: str) -> dict[int, Ranks]:
+    """Site -> ranks at the start of a method of equal ranks: those that most sites state, for all that can hold them.
+
+    Raises FlexLoraError where no ranks are stated more often than others.
+    """
+    (usual, count), *others = Counter(tuple(said.items()) for said in stated.values()).most_common(2)
+    if others and others[0][1] == count:
+        raise FlexLoraError(
+            f"method {method} needs equal ranks, and the sites say different ones, none more often; agree on one rank=…"
+        )
+    return agreed({number: said for number, said in stated.items() if said == dict(usual)}, stated, fixed=True)
 
 
 def agreed(table: Mapping[int, Ranks], stated: Mapping[int, Ranks], *, fixed: bool) -> dict[int, Ranks]:

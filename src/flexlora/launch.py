@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ from flexlora.rundir import (
 )
 from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.scorer import ModelScorer
-from flexlora.standing import Setup, first_standing
+from flexlora.standing import Setup, first_standing, wording
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
 
 NOT_ROBUST = {
@@ -88,14 +88,15 @@ def resume(
 ) -> Run:
     """Go on with an interrupted run, from its newest whole checkpoint or that of round `at`; `rounds` may grow.
 
-    Raises FlexLoraError where the configuration or the data differ from those that the run began with.
+    Raises FlexLoraError where the configuration or the data differ from those that the run began with, and for fewer rounds.
     """
     found = open_run(folder)
     with stoppable(folder), exclusive(folder):
         config = (config or found.config).model_copy(update={} if rounds is None else {"rounds": rounds})
-        done = len(found.metrics)
-        if rounds is not None and rounds < done:
-            raise FlexLoraError(f"rounds: {folder} has played {done} rounds already; --rounds can only grow")
+        if rounds is not None and rounds < found.config.rounds:
+            raise FlexLoraError(
+                f"rounds: {folder} has {found.config.rounds} rounds, and {rounds} are fewer; --rounds can only grow"
+            )
         with assembled(config, found.folder, notify) as session:
             return play(session, found, at, notify)
 
@@ -158,18 +159,22 @@ def method_of(config: Config) -> Method:
     name = config.method_name
     options = dict(config.method_options)
     if config.baseline == "slora" and name != "slora":
-        options |= {"then": name}
-        name = "slora"
-    for method in (name, options.get("then")):
-        if config.robust and method in NOT_ROBUST:
+        then = options.setdefault("then", name)
+        if config.method != "auto" and then != name:
             raise FlexLoraError(
-                f"robust: does not go with method {method}, which {NOT_ROBUST[method]}; use hetlora or flexlora, or leave it out"
+                f"method_options: then is {then!r} and method is {name!r}, which slora is to be followed by; leave one out"
             )
+        name = "slora"
     # A key of the configuration that the method, or slora's successor, takes is passed on under its own name.
     known = {*method_entry(name).options, *method_entry(options.get("then", name)).options}
     for key in ("sparse_rounds", "handle_alpha", "prune_lambda", "prune_gamma"):
         if key in known:
             options.setdefault(key, getattr(config, key))
+    for method in (name, options.get("then")):
+        if config.robust and method in NOT_ROBUST:
+            raise FlexLoraError(
+                f"robust: does not go with method {method}, which {NOT_ROBUST[method]}; use hetlora or flexlora, or leave it out"
+            )
     return get_method(name, **options)
 
 
@@ -177,15 +182,27 @@ def refuse_unequal(config: Config, method: Method, plan: RankPlan) -> None:
     """Raise FlexLoraError where the method needs equal ranks and the plan has several types."""
     used = {name for name, share in plan.shares.items() if share} | set(plan.clients.values())
     if method.equal_ranks and len({tuple(plan.types[name].items()) for name in used}) > 1:
+        name = config.method_options.get("then", config.method_name)
         raise FlexLoraError(
-            f"method {config.method_name} needs equal ranks and ranks is {config.ranks!r}; "
+            f"method {name} needs equal ranks and ranks is {config.ranks!r}; "
             "use --ranks homo, or a method for unequal ranks such as flexlora"
         )
 
 
+def refuse_strangers(config: Config, plan: RankPlan, clients: Sequence[int]) -> None:
+    """Raise FlexLoraError where ranks or client_memory name a client that there is not, or nothing looks at client_memory."""
+    if config.client_memory and config.ranks != "auto":
+        raise FlexLoraError("client_memory: is for --ranks auto; add that, or leave it out")
+    for key, names in (("ranks", map(str, plan.clients)), ("client_memory", config.client_memory)):
+        for name in sorted(set(names) - {"default", *map(str, clients)}):
+            raise FlexLoraError(
+                f"{key}: names client {name}, and the clients are 0 to {len(clients) - 1}; mend that, or leave it out"
+            )
+
+
 def refuse_few(config: Config, clients: int) -> None:
     """Raise FlexLoraError where no round can have as many answers as it needs."""
-    drawn = len(sampling.participants(range(clients), config.participation, seed=0, round=1))
+    drawn = sampling.cohort(clients, config.participation)
     if not config.dp_noise and drawn < config.min_clients:
         raise FlexLoraError(
             f"min_clients: a round needs {config.min_clients} answers and participation {config.participation:g} draws "
@@ -309,17 +326,23 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     federation = open_federation(config.data, config.num_clients)
     mechanism = mechanism_of(config, len(federation))
     refuse_few(config, len(federation))
+    alone = len(federation) > 1 and sampling.cohort(len(federation), config.participation) == 1
+    if alone and not config.dp_noise and "participation" not in config.model_fields_set:
+        text = f"draws one of {len(federation)} clients a round, so that nothing is averaged; raise --participation"
+        notify("note", {"text": f"participation {config.participation:g} {text}"})
     if config.eval_every and config.max_new_tokens >= config.cutoff_len:
         raise FlexLoraError(
             f"max_new_tokens {config.max_new_tokens} leaves no prompt within cutoff_len {config.cutoff_len}: "
             "raise --cutoff_len or lower --max_new_tokens"
         )
     load_template(config.prompt_template if config.prompt_template != "auto" else "alpaca")
-    if config.ranks == "auto":
-        stated_memory(config, federation.clients)
     # Sizes of the types do not matter yet: this only asks whether they differ.
     types = "random" if config.ranks == "auto" else config.ranks
-    refuse_unequal(config, method, ranks.read_plan(types, lora_r=config.lora_r, hidden_size=0))
+    plan = ranks.read_plan(types, lora_r=config.lora_r, hidden_size=0)
+    refuse_strangers(config, plan, federation.clients)
+    if config.ranks == "auto":
+        stated_memory(config, federation.clients)
+    refuse_unequal(config, method, plan)
     validation = federation.validation_sample(config.validation_examples, config.seed)
     held_out = spread(federation.global_test(), config.eval_examples)
     check_schedule(config, federation)
@@ -340,7 +363,19 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     }
     scorer = ModelScorer(model, config, template, validation, held_out, lambda line: model_card(config, facts, line))
     start = load_adapter(config.init_adapter, model.shapes) if config.init_adapter else None
-    setup = Setup(config, method, model.shapes, table, name, scorer, federation, start, model.fingerprint, mechanism)
+    setup = Setup(
+        config,
+        method,
+        model.shapes,
+        table,
+        name,
+        scorer,
+        federation,
+        start,
+        model.fingerprint,
+        mechanism,
+        wording(template),
+    )
     # What the template or the method cannot do is said before anything is written.
     end_of_turn(template, model.tokenizer)
     if start is not None:

@@ -133,10 +133,10 @@ def gaussian(mean: torch.Tensor, mechanism: Mechanism, seed: int, round: int, mo
     """Noise for `mean`, of standard deviation `mechanism.deviation`, float64.
 
     A round that is played again with the same answers gets the same noise, so that a resumed run is the same run; with
-    other answers (a site was away) it gets other noise, or the difference of the two would be free of it.
+    other answers (a site was away) or another deviation it gets other normals, or the two together would be free of them.
     """
     digest = hashlib.sha256(mean.contiguous().numpy().tobytes()).hexdigest()
-    noise = secret_normals(key(seed, "noise", round, module, digest), mean.numel())
+    noise = secret_normals(key(seed, "noise", round, module, digest, mechanism.deviation.hex()), mean.numel())
     return noise.view(mean.shape) * mechanism.deviation
 
 

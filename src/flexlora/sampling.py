@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from flexlora.randomness import derive
 
 
+def cohort(clients: int, participation: float) -> int:
+    """How many of so many clients a round draws: ⌊participation · N⌋, at least one where there are any."""
+    return min(clients, max(1, int(participation * clients + 1e-9)))
+
+
 def participants(clients: Sequence[int], participation: float, *, seed: int, round: int, attempt: int = 0) -> list[int]:
-    """⌊participation · N⌋ clients, at least one, drawn without replacement; in ascending order.
+    """`cohort` clients, drawn without replacement; in ascending order.
 
     `attempt` counts repetitions of the round after too few clients answered: each draws anew.
     """
-    count = min(len(clients), max(1, int(participation * len(clients) + 1e-9)))
     purpose = ("sampling", round) if not attempt else ("sampling", round, attempt)
-    return sorted(random.Random(derive(seed, *purpose)).sample(sorted(clients), count))
+    return sorted(random.Random(derive(seed, *purpose)).sample(sorted(clients), cohort(len(clients), participation)))
 
 
 def poisson(clients: Sequence[int], rate: float, *, seed: int, round: int) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +24,7 @@ from flexlora.config import Config
 from flexlora.data.federation import Federation
 from flexlora.methods.base import started
 from flexlora.privacy import Mechanism
+from flexlora.prompts import Template
 from flexlora.rundir import Run
 from flexlora.types import Adapter, FlexLoraError, LowRank, Method, Ranks, Shapes
 
@@ -61,6 +64,8 @@ class Setup:
     """Fingerprint of the base model."""
     mechanism: Mechanism | None = None
     """Differential privacy, where it is asked for."""
+    wording: str = ""
+    """Digest of what the template says (`wording`)."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +99,8 @@ class Standing:
         return {
             "config": setup.config.dump(),
             "data": setup.data.fingerprint() if setup.data else None,
+            "base": setup.base,
+            "wording": setup.wording,
             "shapes": {module: list(shape) for module, shape in setup.shapes.items()},
             "kinds": [dict(kind) for kind in kinds],
             "table": [[client, index[tuple(r.items())]] for client, r in self.table.items()],
@@ -176,26 +183,40 @@ FREE_TO_DIFFER = ("rounds", "output_dir", "name", "resume_from", "workers", "run
 """Configuration keys that resume lets differ from the checkpoint's: they change no result, and `rounds` may grow."""
 
 
-def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None) -> Standing:
-    """The newest whole checkpoint (or that of round `at`); later lines of metrics.jsonl are forgotten.
+def wording(template: Template) -> str:
+    """Digest of what a template makes of a record, whatever it is called."""
+    texts = [template.prompt_input, template.prompt_no_input, template.response_split, template.stop]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
-    Raises FlexLoraError where config or data differ from the checkpoint's, or where none is whole.
+
+def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None) -> Standing:
+    """The newest whole checkpoint, or that of round `at` (0: the start); later lines of metrics.jsonl are forgotten.
+
+    Raises FlexLoraError, before anything is removed, where the run was made of something else, none is whole, or `at`'s is not.
     """
     rounds = checkpoint_rounds(run.checkpoints)
+    shown = ", ".join(map(str, rounds)) or "none"
     if at is not None and at not in (0, *rounds):
-        shown = ", ".join(map(str, rounds)) or "none"
         raise FlexLoraError(f"resume_from: round {at} has no checkpoint in {run.folder}; there are: {shown}")
+    if at is not None and setup.config.rounds < at:
+        raise FlexLoraError(f"rounds: {setup.config.rounds} are fewer than resume_from {at}; raise --rounds")
+    # Before a checkpoint is read: the state of another method would look damaged.
+    refuse_changes(setup, {"config": run.config.dump()}, run)
     prototype = setup.method.init(setup.shapes, setup.config.seed, ranks.distinct(setup.table.values()))
     standing, progress = None, {}
-    for round in reversed([r for r in rounds if at is None or r <= at]):
+    for round in [at] if at else reversed(rounds):
         try:
             state, progress = read_checkpoint(checkpoint_folder(run.checkpoints, round), prototype)
         except DamagedError as error:
+            if at:
+                raise FlexLoraError(f"resume_from: {error}; there are: {shown}") from None
             notify("note", {"text": f"{error}; the checkpoint before it is used"})
             continue
         refuse_changes(setup, progress, run)
         standing = standing_of(round, state, progress)
         break
+    if at == 0:  # what the newest one is made of was compared
+        standing = None
     # Asked for more rounds than when it stopped early, a run goes on, and says so from now on.
     if standing and standing.stopped and setup.config.rounds > progress["config"]["rounds"]:
         standing = replace(standing, stopped=None, stale_rounds=0)
@@ -215,14 +236,23 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     return standing
 
 
-def refuse_changes(setup: Setup, progress: Mapping[str, Any], run: Run) -> None:
-    """Raise FlexLoraError naming the first configuration key or data file that differs from the checkpoint's."""
-    old, new = progress["config"], setup.config.dump()
+def refuse_changes(setup: Setup, was: Mapping[str, Any], run: Run) -> None:
+    """Raise FlexLoraError naming the first configuration key, or the weights, template or data file, that differs from what was."""
+    old, new = was["config"], setup.config.dump()
     for name in new:
         if name not in FREE_TO_DIFFER and old.get(name) != new[name]:
             raise FlexLoraError(
                 f"{run.folder}: {name} is {new[name]!r} now and was {old.get(name)!r} when the run began; "
                 "set it back, or start a new run"
             )
-    if setup.data is not None:
-        setup.data.check_unchanged(progress["data"])
+    contents = {
+        "base": (setup.base, f"the weights of {setup.config.model}"),
+        "wording": (setup.wording, f"the template {setup.template}"),
+    }
+    for name, (now, what) in contents.items():
+        if was.get(name, now) != now:
+            raise FlexLoraError(
+                f"{run.folder}: {what} changed since the run began; put back what it was, or start a new run"
+            )
+    if setup.data is not None and "data" in was:
+        setup.data.check_unchanged(was["data"])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flexlora.checkpoint import checkpoint_rounds
 from flexlora.config import Config, alias_table, make_config, new_names, read_config
 from flexlora.data.demo import write_demo
 from flexlora.launch import SCORED_BY, method_of, refuse_unequal, resume, run, silent
@@ -57,6 +58,9 @@ def read_sweep(path: Path, over: Mapping[str, Any] | None = None) -> Sweep:
         where = f"{path}, {label}"
         keys = {k: v for _, part in items for k, v in new_names(part, where).items()}
         config = make_config({**given, **keys, "name": label, "output_dir": folder}, where)
+        # What is said of memory for all runs is for the item auto of an axis of ranks.
+        if keys.get("ranks", "auto") != "auto" and "client_memory" not in keys:
+            config = config.model_copy(update={"client_memory": {}})
         if label in runs:
             raise FlexLoraError(f"{path}: two runs are called {label}; give the items of vary different labels")
         # The sizes of types do not matter here, only whether they differ; auto may give any of those of random.
@@ -89,9 +93,12 @@ def choice(path: Path, axis: str, item: Any) -> tuple[str, dict[str, Any]]:
 
 
 def finished(found: Run) -> bool:
-    """Whether all rounds were played, or an early stop ended them."""
+    """Whether all rounds were played, or an early stop ended them, and the last one was saved: its line comes before its
+    checkpoint. A run whose checkpoints are gone altogether was finished before somebody made room.
+    """
     lines = found.metrics
-    return bool(lines) and (len(lines) >= found.config.rounds or bool(lines[-1]["stopped"]))
+    ended = bool(lines) and (len(lines) >= found.config.rounds or bool(lines[-1]["stopped"]))
+    return ended and (not found.checkpoints.is_dir() or lines[-1]["round"] in checkpoint_rounds(found.checkpoints))
 
 
 def play_sweep(sweep: Sweep, notify: Callable[[str, Mapping[str, Any]], None] = silent) -> list[Run]:

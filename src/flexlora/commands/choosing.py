@@ -86,6 +86,9 @@ def ranks(
     from flexlora.ranks import read_plan
     from flexlora.tables import ranks_table
 
+    # The configuration knows what its keys may be, and reads lists of names in all their spellings.
+    keys = {"lora_r": lora_r, "micro_batch_size": micro_batch_size, "cutoff_len": cutoff_len}
+    targets = make_config({**keys, "lora_target_modules": lora_target_modules or SEVEN_PROJECTIONS}).lora_target_modules
     if model is None:
         if memory is not None:
             raise FlexLoraError("memory: of which model? name it with --model")
@@ -97,8 +100,6 @@ def ranks(
     from flexlora.tables import memory_table
 
     budget = None if memory is None else read_bytes(memory)
-    # The configuration reads lists of names in all their spellings.
-    targets = make_config({"lora_target_modules": lora_target_modules or SEVEN_PROJECTIONS}).lora_target_modules
     empty = empty_model(model, targets=targets, cache_dir=cache_dir)
     plan = read_plan(name, lora_r=lora_r, hidden_size=empty.hidden_size)
     needed = type_memories(empty, plan, Workload(micro_batch_size, cutoff_len))

@@ -69,11 +69,15 @@ def resume(
 def _summary(folder: Path, quiet: bool) -> None:
     if quiet:
         return
+    from flexlora.launch import method_of
+    from flexlora.rundir import open_run
     from flexlora.tables import report_table
 
     out.print(report_table([folder]))
     out.print(f"run folder: {folder}", markup=False, soft_wrap=True)
-    next_step(f'flexlora generate {folder} --prompt "…"', f"flexlora report {folder}")
+    personal = method_of(open_run(folder).config).personal
+    use = f"evaluate {folder} --client 0 --data …" if personal else f'generate {folder} --prompt "…"'
+    next_step(f"flexlora {use}", f"flexlora report {folder}")
 
 
 def demo(

@@ -79,13 +79,13 @@ def methods() -> tuple[str, ...]:
 def method_entry(name: str) -> MethodEntry:
     """The registered entry. Raises FlexLoraError with the nearest name where there is none."""
     if name not in methods():
-        near = get_close_matches(name, _entries, n=1)
+        near = get_close_matches(str(name), _entries, n=1)
         hint = f"did you mean {near[0]}?" if near else "`flexlora methods` lists them"
         raise FlexLoraError(f"method {name!r} does not exist: {hint}")
     return _entries[name]
 
 
-def get_method(name: str, **options: Any) -> Method:
+def get_method(name: str, /, **options: Any) -> Method:
     """Make a method, e.g. ``get_method("flexlora-carry", eta=0.5)``.
 
     Raises FlexLoraError for an unknown name or option, and for a value of another type than the option's.

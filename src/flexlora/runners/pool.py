@@ -125,8 +125,9 @@ class PoolRunner:
                     yield task, answer
         finally:
             # Left in the middle: what these slots would still say belongs to no task any more.
-            for number in busy:
-                self._replace(number)
+            if self._slots:  # else the pool is closed
+                for number in busy:
+                    self._replace(number)
 
     def _replace(self, number: int) -> None:
         self._slots[number].close()
