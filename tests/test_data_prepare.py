@@ -212,6 +212,7 @@ def test_bad_options_get_one_line(checkout: Path, tmp_path: Path):
     with pytest.raises(FlexLoraError, match=r"holds no tasks/task\*\.json"):
         prepare(tmp_path, tmp_path / "out")
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
     with pytest.raises(FlexLoraError, match=r"out: exists already"):
         prepare(checkout, tmp_path / "out")
 

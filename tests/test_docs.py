@@ -16,6 +16,7 @@ import pytest
 
 from flexlora.cli import main
 from flexlora.config import Config
+from flexlora.ranks import ATTENTION, DISTRIBUTIONS, PAPER_TYPES, REST, SMALL_TYPES
 from tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,9 @@ def quick(words: list[str], model: Path) -> list[str]:
     words = [str(model) if word == "smollm2" else word for word in words]
     if words[0] == "run":
         words += [] if "--model" in words else ["--model", str(model)]
-        words += [part for pair in FAST.items() for part in pair if pair[0] not in words]
+        # A cutoff of the page's own has to leave room for as many new tokens as its readers generate.
+        fast = {k: v for k, v in FAST.items() if k != "--max_new_tokens" or "--cutoff_len" not in words}
+        words += [part for pair in fast.items() for part in pair if pair[0] not in words]
     if "--rounds" in words and words[0] == "run":
         at = words.index("--rounds") + 1
         words[at] = str(min(MOST_ROUNDS, int(words[at])))
@@ -104,6 +107,39 @@ def test_commands_run_in_the_order_of_the_page(
                 main(quick(words[1:], model))
             except SystemExit as end:
                 pytest.fail(f"{page.name}: {line!r} ends with {end.code}")
+    for run in (tmp_path / "runs").glob("*/"):
+        described_in_full(run)
+
+
+def described_in_full(run: Path) -> None:
+    """docs/run-folder.md names every file of a run, and every key of its metrics.jsonl."""
+    page = (DOCS / "run-folder.md").read_text(encoding="utf-8")
+    files = {f"{p.name}/" if p.is_dir() else p.name for p in run.iterdir() if not p.name.startswith(".")}
+    assert not {name for name in files if not re.search(rf"^ {{6}}{re.escape(name)} ", page, re.MULTILINE)}
+    for line in map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()):
+        keys = {*line, *(key for client in line["clients"] for key in client)}
+        assert not {key for key in keys if f"`{key}`" not in page}
+
+
+def test_the_page_of_ranks_has_the_types_and_shares_of_the_code() -> None:
+    page = (DOCS / "ranks.md").read_text(encoding="utf-8")
+    found = {m[1]: m[2] for m in re.finditer(r"^\| `([\w:]+)` \| (.*) \|$", page, re.MULTILINE)}
+    types = {
+        name: [
+            kinds[name].get(row, kinds[name][REST])
+            for kinds in (PAPER_TYPES, SMALL_TYPES)
+            for row in (ATTENTION[0], REST)
+        ]
+        for name in PAPER_TYPES
+    }
+    assert found == {name: " | ".join(map(str, row)) for name, row in {**types, **DISTRIBUTIONS}.items()}
+
+
+def test_every_event_of_json_is_described() -> None:
+    page = (DOCS / "running.md").read_text(encoding="utf-8")
+    source = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "src" / "flexlora").rglob("*.py"))
+    events = set(re.findall(r"notify\(\s*\"(\w+)\"", source))
+    assert {m[1] for m in re.finditer(r"^\| `(\w+)` \|", page, re.MULTILINE)} == events
 
 
 def test_the_pictures_are_those_that_the_code_draws() -> None:

@@ -63,7 +63,7 @@ def test_nothing_imports_downwards() -> None:
 
 def test_special_packages_stay_in_their_files() -> None:
     allowed = {
-        "flwr": {"runners.flower", "runners.flower_folder", "runners.flower_app"},
+        "flwr": {"runners.flower"},
         "ray": {"runners.ray"},
         "peft": {"modeling"},
         "transformers": {"modeling", "gguf", "adapted", "attention", "blocks", "decoding"},
@@ -78,6 +78,8 @@ def test_special_packages_stay_in_their_files() -> None:
         if name.split(".")[0] in allowed and module not in allowed[name.split(".")[0]]
     ]
     assert not bad, "\n".join(bad)
+    gone = {module for files in allowed.values() for module in files} - set(modules())
+    assert not gone, f"{sorted(gone)} do not exist"
 
 
 def test_nothing_is_unpickled() -> None:

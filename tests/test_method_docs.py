@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ import torch
 import method_oracles as oracle
 from flexlora import lowrank
 from flexlora.checkpoint import read_checkpoint, write_checkpoint
+from flexlora.config import Config
 from flexlora.methods import base, get_method, method_entry
 from flexlora.types import ClientUpdate, FlexLoraError, LowRank
 
@@ -50,6 +53,25 @@ def test_every_method_and_option_has_its_words() -> None:
         assert re.search(rf"^\*\*{name}(\.\*\*|\*\*)", rules, re.M), name
         for option in method_entry(name).options:
             assert option in page, f"{name}: {option}"
+
+
+def test_the_table_of_options_has_the_defaults_of_the_code() -> None:
+    options: dict[tuple[str, str, str], list[str]] = {}
+    for name in BUILT_IN:
+        entry = method_entry(name)
+        for option in entry.options:
+            default = inspect.signature(entry.make).parameters[option].default
+            shown = default if isinstance(default, str) else json.dumps(default)
+            given = f"`--{option if option in Config.model_fields else 'method_options'}`"
+            if given == f"`--{option}`":
+                assert Config.model_fields[option].default == default
+            options.setdefault((f"`{option}`", shown, given), []).append(name)
+    wanted = [
+        f"| {option} | {', '.join(names)} | {shown} | {given} |" for (option, shown, given), names in options.items()
+    ]
+    page = (DOCS / "methods.md").read_text(encoding="utf-8")
+    table = page.split("## Options")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `.*$", table, re.MULTILINE) == wanted
 
 
 @pytest.fixture

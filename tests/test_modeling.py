@@ -6,11 +6,12 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV32Config
 
 from flexlora import gguf, likelihood
 from flexlora.adapted import Factors, adapt, dropped
@@ -230,6 +231,135 @@ def test_an_adapter_made_by_peft_is_read_with_its_patterns(model: Model, folder:
     model.detach()
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (
+            {"init_lora_weights": "pissa"},
+            "init_lora_weights 'pissa' changes the base weights too; save it as plain LoRA",
+        ),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA'"),
+        ({"init_lora_weights": "corda"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens cannot be read; train one without them"),
+        ({"alpha_pattern": {r"layers\.\d+\.self_attn.q_proj": 4}}, "alpha_pattern has the regular expression"),
+        ({"alpha_pattern": {"q_proj|v_proj": 4}}, "write modules' names or their last parts"),
+    ],
+    ids=str,
+)
+def test_factors_that_mean_something_else_are_refused(
+    model: Model, folder: Path, tmp_path: Path, changes: dict[str, Any], says: str
+) -> None:
+    save_adapter(tmp_path, random_adapter(model, 2), base_model=str(folder))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(FlexLoraError) as error:
+        load_adapter(tmp_path, model.shapes)
+    assert says in one_line(error)
+    assert str(path) in one_line(error)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"init_lora_weights": "orthogonal"},
+        {"init_lora_weights": "gaussian", "alora_invocation_tokens": None},
+        {"alpha_pattern": {"^q_proj": 99, "self_attn.q_proj": 5, "^model.layers.1.mlp.down_proj": 3}},
+    ],
+    ids=str,
+)
+def test_peft_reads_what_is_taken_alike(model: Model, folder: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    save_adapter(tmp_path, random_adapter(model, 4), base_model=str(folder))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    model.attach(load_adapter(tmp_path, model.shapes))
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model), theirs(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    model.detach()
+
+
+def test_a_disk_that_refuses_the_tokenizer_is_an_error_of_the_system(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizers library has nothing but Exception for it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(type(model.tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_merged(model, {}, {}, tmp_path)
+
+
+def test_a_model_that_chooses_its_keys_goes_on_choosing() -> None:
+    """DeepSeek's lightning indexer: each query attends to the keys of the largest scores alone."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 259,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "initializer_range": 0.2,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        network, dense = (
+            AutoModelForCausalLM.from_config(DeepseekV32Config(**sizes, index_topk=k), dtype=torch.float32).eval()
+            for k in (3, IDS.shape[1])
+        )
+    dense.load_state_dict(network.state_dict())
+    with torch.no_grad():
+        expected = network(input_ids=IDS).logits
+        assert not torch.allclose(dense(input_ids=IDS).logits, expected, atol=0.1)
+    adapted = Model(network, None, name="sparse", targets=("o_proj",))
+    torch.testing.assert_close(logits(adapted), expected, rtol=1e-4, atol=1e-4)
+    assert not adapted.shares_rows
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "default", "linear"])
+def test_positions_that_a_pass_changes_are_passed_alone(
+    model: Model, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where each type of layers has its own."""
+    keys = model.network.config.to_dict()
+
+    class Text:
+        def __init__(self, rotary: Any) -> None:
+            self.rotary = rotary
+
+        def get_text_config(self) -> Text:
+            return self
+
+        def to_dict(self) -> dict[str, Any]:
+            return {**keys, "rope_parameters": self.rotary}
+
+    alone = kind in ("dynamic", "longrope")
+    for rotary in (
+        {"rope_type": kind, "rope_theta": 1e4},
+        {"sliding_attention": {"rope_type": "default"}, "full_attention": {"rope_type": kind, "factor": 2.0}},
+    ):
+        vars(model).pop("side_by_side", None)
+        monkeypatch.setattr(model.network, "config", Text(rotary))
+        assert model.side_by_side is not alone
+    vars(model).pop("side_by_side", None)
+
+
 def test_merged_folder_has_the_logits_of_the_adapted_model(model: Model, folder: Path, tmp_path: Path) -> None:
     adapter, base_delta = random_adapter(model, [4, 0, 2]), random_adapter(model, 2, seed=5)
     before = weights_hash(model)
@@ -330,7 +460,9 @@ def test_dropping_draws_again_where_the_first_draw_ends_too_early(monkeypatch: p
     assert int(at.max()) < 400
 
 
-@pytest.mark.parametrize("device", ["gpu", "cpu:x", "cuda" if not torch.cuda.is_available() else "cuda:99"])
+@pytest.mark.parametrize(
+    "device", ["gpu", "cpu:x", "mps", "meta", "cuda" if not torch.cuda.is_available() else "cuda:99"]
+)
 def test_a_device_that_cannot_be_used_is_a_line(folder: Path, device: str) -> None:
     with pytest.raises(
         FlexLoraError, match=f"device: '{device}' cannot be used here .*; choose cpu, cuda or auto"

@@ -222,7 +222,7 @@ def test_a_prompt_for_generation_leaves_room(bytes_tokenizer):
     short = encode_prompt(RECORD, CHAT, bytes_tokenizer, 60, 24)
     assert len(short) == 36
     assert short == whole[:18] + whole[-18:]
-    with pytest.raises(FlexLoraError, match="raise cutoff_len"):
+    with pytest.raises(FlexLoraError, match="within cutoff_len 24: lower max_new_tokens"):
         encode_prompt(RECORD, CHAT, bytes_tokenizer, 24, 24)
 
 

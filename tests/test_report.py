@@ -160,6 +160,22 @@ def test_a_band_is_mean_and_deviation() -> None:
     assert band["y"] == pytest.approx([2 - 2**0.5, 5.0, 5.0, 2 + 2**0.5])
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_run_that_diverged_is_left_out_of_means(runs: list[Run], tmp_path: Path, loss: float) -> None:
+    folder = tmp_path / "diverged"
+    shutil.copytree(runs[1].folder, folder)
+    lines = runs[1].metrics
+    for line in lines:
+        line.update(train_loss=loss, validation={**line["validation"], "loss": loss})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert figures(write_report([runs[0].folder, folder], tmp_path / "page.html").read_text())
+    drawn = {chart.title: chart.traces for chart in charts.comparison_charts({"g": [runs[0], open_run(folder)]})}
+    alone = runs[0].metrics
+    assert drawn["Training loss"][0]["y"] == [m["train_loss"] for m in alone]
+    assert drawn["Validation loss"][0]["y"][1:] == [m["validation"]["loss"] for m in alone]
+    assert len(drawn["Training loss"]) == 1  # no band
+
+
 def test_the_figures_are_valid_plotly(runs: list[Run]) -> None:
     go = pytest.importorskip("plotly.graph_objects")
     for figure in figures(run_page(runs[0])):

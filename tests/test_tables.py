@@ -135,7 +135,13 @@ def test_comparison_shows_mean_and_deviation_and_fits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "text"),
-    [([], "–"), ([None, float("nan")], "–"), ([1.0, None], "1.000"), ([1.0, 2.0], "1.500 ± 0.707")],
+    [
+        ([], "–"),
+        ([None, float("nan"), float("inf")], "–"),
+        ([1.0, None, float("-inf")], "1.000"),
+        ([1.0, 2.0], "1.500 ± 0.707"),
+        ([1.0, float("inf"), 2.0, float("nan")], "1.500 ± 0.707"),
+    ],
 )
 def test_mean_deviation(values: list[float | None], text: str) -> None:
     assert mean_deviation(values) == text

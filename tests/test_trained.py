@@ -295,6 +295,21 @@ def test_a_damaged_or_hostile_word_about_an_adapter_is_one_line(
     refused(done, "adapter/prompt_template.json" if '"prompt_template.json"' in text else "adapter/flexlora.json")
 
 
+def test_a_client_with_more_tokens_than_a_model_has_positions_ends_no_run(data: Path, tmp_path: Path) -> None:
+    """OPT's positions are learned: beyond the last one its embedding raises IndexError."""
+    config, targets = ARCHITECTURES["opt"]
+    short = type(config)(**{**config.to_dict(), "max_position_embeddings": 250})
+    AutoModelForCausalLM.from_config(short, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    mine = Path(shutil.copytree(data, tmp_path / "data"))
+    path = mine / "3" / "local_training_1.json"
+    path.write_text(json.dumps([{**record, "input": "x" * 280} for record in json.loads(path.read_text())]))
+    keys = {**FAST, "model": str(tmp_path / "model"), "data": mine, "output_dir": tmp_path}
+    (line,) = play(Config(**keys, lora_target_modules=tuple(targets.split(",")))).metrics
+    assert [client["id"] for client in line["clients"]] == [0, 2]
+    assert [(client["id"], client["failed"].split(":")[0]) for client in line["failed"]] == [(1, "IndexError")]
+
+
 # --- what one client runs -----------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from flexlora.config import Config
 
 TOP = "The best approximation of the global delta weight, every module at the largest rank that a client has for it."
 USE = {
-    "peft": "Load it with `PeftModel.from_pretrained(base_model, folder)`.",
+    "peft": "Load it over the opened base model: `PeftModel.from_pretrained(base_model, folder)`.",
     "transformers": "The adapter is merged into the weights: load the folder with `AutoModelForCausalLM.from_pretrained`.",
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -347,7 +348,8 @@ def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
                 if found and base and (first := (run.base.get(base[0]) or {}).get(base[1])) is not None:
                     found = {0: first, **found}
                 for round, v in found.items():
-                    points.setdefault(round, []).append(v)
+                    if math.isfinite(v):  # a run that diverged has no share in the mean
+                        points.setdefault(round, []).append(v)
             traces += banded(name, points, i)
         # Shares and ROUGE-L end at 0, whatever mean minus deviation is.
         span = {"yaxis_rangemode": "normal" if unit == "loss" else "nonnegative"}

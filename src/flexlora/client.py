@@ -32,8 +32,8 @@ from flexlora.types import (
 )
 from flexlora.wire import Parcel
 
-FAILURES = (FlexLoraError, ValueError, RuntimeError, MemoryError, OSError)
-"""What ends one client's work in a round and not the round."""
+FAILURES = (FlexLoraError, ValueError, IndexError, RuntimeError, MemoryError, OSError)
+"""What ends one client's work in a round and not the round. IndexError: more tokens than a model has positions."""
 
 
 class Examples(Protocol):

@@ -20,7 +20,7 @@ from flexlora.types import ClientFailure, ClientRule, ClientUpdate, LowRank, Ran
 Item = TypeVar("Item")
 
 Notify = Callable[[str, Mapping[str, Any]], None]
-"""Called as the run goes on with (event, facts): start, note, round, client, saved, stop."""
+"""Called as the run goes on with (event, facts): start, base, note, round, client, saved, stop, in a sweep also sweep."""
 
 
 class Stopwatch:

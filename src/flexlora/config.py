@@ -44,7 +44,12 @@ class Config(BaseModel):
     """Everything that decides a run. Unset keys have the defaults shown; `auto` and null are chosen from the data and the model."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), validate_default=True
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        validate_default=True,
+        allow_inf_nan=False,
     )
 
     model: str = key("smollm2", "Model", "global_model")
@@ -66,7 +71,8 @@ class Config(BaseModel):
     """alpaca, alpaca_legacy, alpaca_short, vigogne, chat (the tokenizer's own) or a JSON template file; auto: chat where there is
     one, else alpaca."""
     cutoff_len: int = key(512, "Data", ge=8)
-    """Tokens of one example; a longer one loses part of its prompt, never its answer."""
+    """Tokens of one example; a longer one loses the middle of its prompt, and where the answer alone is longer, all of the prompt and
+    the answer's end."""
     train_on_inputs: bool = key(False, "Data")
     """Count the loss on the prompt too, not only on the response."""
 
@@ -124,7 +130,7 @@ class Config(BaseModel):
     batch_size: int = key(4, "Local training", "local_batch_size", ge=1)
     """Examples of one optimiser step."""
     micro_batch_size: int = key(2, "Local training", "local_micro_batch_size", ge=1)
-    """Examples of one forward pass; the result does not depend on it, memory does."""
+    """Examples of one forward pass; memory depends on it, the result only through dropout, which is drawn for each pass."""
     epochs: int = key(1, "Local training", "local_num_epochs", ge=1)
     """Passes over the client's data in one round."""
     learning_rate: float | None = key(None, "Local training", "local_learning_rate", gt=0)

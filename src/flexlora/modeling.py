@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -67,7 +68,9 @@ class Model:
                 freeze(module)
         self.shapes: Shapes = {m: (x.out_features, x.in_features) for m, x in self._layers.items()}
         """Module name, as PEFT has it -> (d_out, d_in), in network order."""
-        attention.use(network)
+        # Models that choose the keys of each query ask for "sdpa" by name, and forget the choice under any other.
+        if not any(hasattr(network.config.get_text_config(), key) for key in ("index_topk", "index_topk_blocks")):
+            attention.use(network)
         blocks.use(network)
         self.shares_rows: bool = attention.can_share(network)
         """Whether examples that begin alike may stand in one row."""
@@ -79,7 +82,9 @@ class Model:
         """
         keys = self.network.config.get_text_config().to_dict()
         rotary = keys.get("rope_parameters") or {}
-        changes = str(rotary.get("rope_type", "default")) in ("dynamic", "longrope")
+        # One for all layers, or one for each type of them.
+        kinds = [x for x in (rotary, *rotary.values()) if isinstance(x, Mapping)]
+        changes = any(str(x.get("rope_type")) in ("dynamic", "longrope") for x in kinds)
         draws = any(("drop" in k or "jitter" in k) and isinstance(v, (int, float)) and v > 0 for k, v in keys.items())
         draws = draws or any(isinstance(x, nn.Dropout) and x.p > 0 for x in self.network.modules())
         return self.device.type == "cpu" and not draws and not changes
@@ -253,7 +258,10 @@ def _place(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.empty(0, device=device).device
+        place = torch.empty(0, device=device).device
+        if place.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither a processor nor a CUDA device")
+        return place
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise FlexLoraError(f"device: {device!r} cannot be used here ({reason}); choose cpu, cuda or auto") from None
@@ -343,6 +351,8 @@ def empty_model(
 WEIGHTS, CONFIG, ABOUT = "adapter_model.safetensors", "adapter_config.json", "flexlora.json"
 TEMPLATE = "prompt_template.json"
 """A template that is no built-in one, beside the model that was trained in it: the folder can then go elsewhere."""
+REBASING = ("pissa", "corda", "olora", "loftq")
+"""Initialisations with which PEFT changes the base weights, when it loads an adapter too."""
 _PREFIX = "base_model.model."
 
 
@@ -435,6 +445,21 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
         raise FlexLoraError(
             f"{folder}/{CONFIG}: only plain LoRA without DoRA and bias can be read; train such an adapter"
         )
+    if str(start := config.get("init_lora_weights")).lower().startswith(REBASING):
+        raise FlexLoraError(
+            f"{folder}/{CONFIG}: init_lora_weights {start!r} changes the base weights too; save it as plain LoRA "
+            "(PEFT's path_initial_model_for_weight_conversion) or train such an adapter"
+        )
+    if config.get("alora_invocation_tokens"):
+        raise FlexLoraError(
+            f"{folder}/{CONFIG}: an adapter that waits for alora_invocation_tokens cannot be read; train one without them"
+        )
+    patterns = config.get("alpha_pattern") or {}
+    for key in patterns if isinstance(patterns, dict) else ():
+        if not re.fullmatch(r"\^?[\w.-]+", key):
+            raise FlexLoraError(
+                f"{folder}/{CONFIG}: alpha_pattern has the regular expression {key!r}; write modules' names or their last parts"
+            )
     adapter: dict[str, LowRank] = {}
     for key, A in tensors.items():
         if not key.endswith(".lora_A.weight"):
@@ -454,7 +479,6 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
                 f"{folder}/{WEIGHTS}: {module} of shape {(B.shape[0], A.shape[1])} does not fit the model "
                 f"({shapes.get(module, 'not adapted')}); use the base model {config.get('base_model_name_or_path')}"
             )
-        patterns = config.get("alpha_pattern") or {}
         alpha = _pattern(patterns, module, config.get("lora_alpha", 8)) if isinstance(patterns, dict) else None
         if not isinstance(alpha, int | float) or not math.isfinite(alpha) or not len(A):
             raise FlexLoraError(
@@ -466,10 +490,9 @@ def load_adapter(folder: str | Path, shapes: Shapes | None = None) -> dict[str, 
 
 
 def _pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
-    """PEFT's rule without its regular expressions: a key is a module's whole name or its last parts."""
+    """PEFT's rule without its regular expressions: a key is a module's whole name, with "^" no less, or its last parts."""
     for key, value in pattern.items():
-        name = key.removeprefix("^")
-        if module == name or module.endswith(f".{name}"):
+        if module == key.removeprefix("^") or module.endswith(f".{key}"):
             return value
     return default
 
@@ -496,5 +519,10 @@ def save_merged(
             delta = sum(((x.B.double() @ x.A.double()) for x in terms), torch.zeros(()))
             state[f"{module}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
     network.save_pretrained(folder, state_dict=state)
-    model.tokenizer.save_pretrained(folder)
+    try:
+        model.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None  # all that tokenizers says of a disk that refuses
     _save_about(Path(folder), about, template)

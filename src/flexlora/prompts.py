@@ -301,7 +301,9 @@ def encode_prompts(
 ) -> list[list[int]]:
     """Prompt tokens for generation, at most ``cutoff_len - room`` each, so that `room` new tokens fit behind them."""
     if room >= cutoff_len:
-        raise FlexLoraError(f"max_new_tokens {room} leaves no prompt within cutoff_len {cutoff_len}: raise cutoff_len")
+        raise FlexLoraError(
+            f"max_new_tokens {room} leaves no prompt within cutoff_len {cutoff_len}: lower max_new_tokens"
+        )
     return [_fit(ids, cutoff_len - room) for ids in _prompt_tokens(records, template, tokenizer)]
 
 

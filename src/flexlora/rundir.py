@@ -153,10 +153,12 @@ def stoppable(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def resumable(folder: Path) -> Iterator[None]:
-    """As `stoppable`; and a disk that refuses is a line, FlexLoraError."""
+    """As `stoppable`; and a disk that refuses is a line, FlexLoraError. A reader that went away (`| head`) is no such disk."""
     try:
         with stoppable(folder):
             yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise FlexLoraError(
             f"{error.filename or folder}: cannot be written: {error.strerror or error}; make room or writable, then "

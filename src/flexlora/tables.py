@@ -155,8 +155,8 @@ def comparison_table(folders: Sequence[Path]) -> Table:
 
 
 def mean_deviation(values: Sequence[float | None], digits: int = 3) -> str:
-    """`mean ± standard deviation` of the values that are there; the deviation needs two."""
-    there = [v for v in values if v is not None and not math.isnan(v)]
+    """`mean ± standard deviation` of the values that are there and finite; the deviation needs two."""
+    there = [v for v in values if v is not None and math.isfinite(v)]
     if not there:
         return "–"
     mean = f"{statistics.fmean(there):.{digits}f}"

@@ -14,6 +14,7 @@ from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_roun
 from flexlora.config import Config, make_config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import read_records
+from flexlora.data.writing import new_folder
 from flexlora.engine import global_adapter
 from flexlora.evaluation import Scores
 from flexlora.launch import load, method_of, template_name
@@ -47,7 +48,8 @@ def open_trained(
     """Open a run folder, a PEFT adapter folder, or a bare model by name, with some configuration keys changed.
 
     An adapter or a merged model is asked as its folder says (`asked`). `rank` and `client`: of a run, what `export` takes.
-    Raises FlexLoraError where the target is none of these.
+    Code that comes with a model runs only where `changes` has `trust_remote_code`, whatever a run's configuration says.
+    Raises FlexLoraError where the target is none of these, or is a run that asks for such code.
     """
     changes = dict(changes or {})
     folder = Path(target)
@@ -84,6 +86,7 @@ def open_trained(
 
 def _open_run(run: Run, changes: Mapping[str, Any], rank: int | None, client: int | None) -> Trained:
     folder = run.folder
+    _refuse_unasked_code(run, bool(changes.get("trust_remote_code")))
     if rank is None and client is None and not run.adapter.is_dir():
         if run.metrics and method_of(run.config).personal:
             raise FlexLoraError(
@@ -267,39 +270,60 @@ def _chosen(run: Run, rank: int | None, client: int | None) -> tuple[dict[str, L
     return global_adapter(method, standing.state, at), what, standing
 
 
-def export(run: Run, out: Path, *, rank: int | None = None, client: int | None = None, merge: bool = False) -> Path:
+def export(
+    run: Run,
+    out: Path,
+    *,
+    rank: int | None = None,
+    client: int | None = None,
+    merge: bool = False,
+    trust_remote_code: bool = False,
+) -> Path:
     """Write the best round's global model at `rank` (default: the largest of any client), or what one client runs.
 
-    A PEFT folder, or with `merge` a whole model. Raises FlexLoraError where `out` is taken or the method has no global model.
+    A PEFT folder, or with `merge` a whole model; complete or not at all. Raises FlexLoraError where `out` is taken, the disk
+    refuses, the method has no global model, or the run asks for code of the model (`merge` loads it) that nobody trusts here.
     """
-    if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
-        raise FlexLoraError(f"{out}: exists already; choose another --out")
-    adapter, what, standing = _chosen(run, rank, client)
-    config = run.config
-    line = run.line(standing.round)
-    made = json.loads((run.folder / "env.json").read_text(encoding="utf-8"))
-    facts = {
-        "ranks": ranks.counts(standing.table.values()),
-        "clients": len(standing.table),
-        "template": made.get("template", config.prompt_template),
-    }
-    # The run's own copy first: a template file may have been changed or moved since. `auto` is left to the tokenizer.
-    name = asked(run.adapter, TEMPLATE_ONLY).get("prompt_template", facts["template"])
-    gone = name not in templates() and not Path(name).is_file()  # then only the name is known
-    template = None if gone else load_template(name)
-    said = about(config, standing.round)
     if merge:
-        save_merged(load(config, "stored"), adapter, {}, out, about=said, template=template)
-        write_text(out / "README.md", model_card(config, facts, line, what, "transformers"))
-        return out
-    save_adapter(
-        out,
-        adapter,
-        base_model=config.model,
-        kind=config.lora_scaling,
-        alpha=config.lora_alpha,
-        readme=model_card(config, facts, line, what),
-        about=said,
-        template=template,
-    )
+        _refuse_unasked_code(run, trust_remote_code)
+    with new_folder(out) as folder:
+        adapter, what, standing = _chosen(run, rank, client)
+        config = run.config
+        line = run.line(standing.round)
+        path = run.folder / "env.json"
+        made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        facts = {
+            "ranks": ranks.counts(standing.table.values()),
+            "clients": len(standing.table),
+            "template": made.get("template", config.prompt_template),
+        }
+        # The run's own copy first: a template file may have been changed or moved since. `auto` is left to the tokenizer.
+        name = asked(run.adapter, TEMPLATE_ONLY).get("prompt_template", facts["template"])
+        gone = name not in templates() and not Path(name).is_file()  # then only the name is known
+        template = None if gone else load_template(name)
+        said = about(config, standing.round)
+        if merge:
+            config = config.model_copy(update={"trust_remote_code": trust_remote_code})
+            save_merged(load(config, "stored"), adapter, {}, folder, about=said, template=template)
+            write_text(folder / "README.md", model_card(config, facts, line, what, "transformers"))
+        else:
+            save_adapter(
+                folder,
+                adapter,
+                base_model=config.model,
+                kind=config.lora_scaling,
+                alpha=config.lora_alpha,
+                readme=model_card(config, facts, line, what),
+                about=said,
+                template=template,
+            )
     return out
+
+
+def _refuse_unasked_code(run: Run, asked_for: bool) -> None:
+    """A run folder may be somebody else's: it cannot have code run on this machine by itself."""
+    if run.config.trust_remote_code and not asked_for:
+        raise FlexLoraError(
+            f"{run.folder / 'config.yaml'}: trust_remote_code lets the model's own Python code run on this machine; where you "
+            "trust that model, say --trust_remote_code"
+        )

@@ -151,11 +151,11 @@ class LocalTraining:
     batch_size: int = 4
     """Examples of one optimiser step."""
     micro_batch_size: int = 2
-    """Examples of one forward pass; the loss of a step does not depend on it."""
+    """Examples of one forward pass; the loss of a step does not depend on it, dropout's draws do."""
     warmup: int = 0
     """Optimiser steps of linear warm-up inside this local run."""
     cutoff_len: int = 512
-    """Tokens of an example; a longer one loses the middle of its prompt, never its answer."""
+    """Tokens of an example; a longer one loses the middle of its prompt, at last the end of its answer."""
     train_on_inputs: bool = True
     """True: the loss counts prompt and response; False: the response only."""
     group_by_length: bool = False

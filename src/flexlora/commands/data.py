@@ -10,6 +10,9 @@ from cyclopts import App
 from flexlora.commands.options import next_step
 from flexlora.commands.options import out as console
 
+FEW = 40
+"""Clients below which the default participation draws fewer than two."""
+
 app = App(name="data", help="Prepare, partition and look at the data of a federation.")
 
 
@@ -183,4 +186,6 @@ def inspect(
     console.print(inspection_table(found))
     if picture is not None:
         console.print(f"picture: {write_picture(found, picture)}", markup=False, soft_wrap=True)
-    next_step(f"flexlora run --data {data} --num_clients {found.clients}")
+    # Of few clients the default share draws a single one, whose update is averaged with nobody's.
+    share = f" --participation {min(1, 4 / found.clients):.2g}" if found.clients < FEW else ""
+    next_step(f"flexlora run --data {data} --num_clients {found.clients}{share}")

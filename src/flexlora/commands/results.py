@@ -31,12 +31,18 @@ def report(runs: list[Path], /, *, out_file: Out = None) -> None:
         The file; default: report.html in the run's folder, of several runs in this one.
     """
     from flexlora.report import write_report
+    from flexlora.rundir import open_run
     from flexlora.tables import report_table
 
     path = write_report(runs, out_file)
     out.print(report_table(runs))
     out.print(f"report: {path}", markup=False, soft_wrap=True)
-    next_step(f"flexlora inspect {runs[0]}" if len(runs) == 1 else f"flexlora report {runs[0]}")
+    if len(runs) > 1:
+        next_step(f"flexlora report {runs[0]}")
+    elif open_run(runs[0]).adapter.is_dir():
+        next_step(f"flexlora inspect {runs[0]}")
+    else:  # a personal method has no global model to inspect
+        next_step(f"flexlora export {runs[0]} --client 0 --out my-adapter")
 
 
 def inspect(run: Path, /, *, energy: float = 0.99, round: int | None = None, out_file: Out = None) -> None:
@@ -94,6 +100,7 @@ def evaluate(
     prompt_template: str | None = None,
     predictions: Path | None = None,
     cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
     json: Annotated[bool, Parameter(help="Print the scores as one JSON object.", negative="", group=OUTPUT)] = False,
 ) -> None:
     """Score a run, an exported adapter or a bare model: ROUGE-L of generated answers, exact match, loss.
@@ -127,6 +134,8 @@ def evaluate(
         File for one JSON line an example; default: predictions.jsonl in the folder scored, or here.
     cache_dir
         Where converted models are kept.
+    trust_remote_code
+        Let the model's own Python code run on this machine.
     """
     from json import dumps
 
@@ -140,6 +149,7 @@ def evaluate(
     refuse_unwritable(path, "predictions")
     records = spread(trained.records_of(data, split, num_clients), examples)
     changes = given({"max_new_tokens": max_new_tokens, "prompt_template": prompt_template, "cache_dir": cache_dir})
+    changes["trust_remote_code"] = trust_remote_code
     opened = trained.open_trained(target, changes, rank=rank, client=client)
     with out.status("generating answers") as status:
         scores = trained.score(opened, records, lambda done, total: status.update(f"generating answers {done}/{total}"))

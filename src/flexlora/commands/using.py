@@ -24,6 +24,7 @@ def export(
     rank: int | None = None,
     client: int | None = None,
     merge: bool = False,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write the global model of a run's best round as a PEFT adapter of any rank, or merged into the base model.
 
@@ -44,11 +45,15 @@ def export(
         Export what this client runs instead.
     merge
         Write a whole model.
+    trust_remote_code
+        With --merge: let the model's own Python code run on this machine.
     """
     from flexlora.rundir import open_run
     from flexlora.trained import export as write
 
-    folder = write(open_run(run), out_folder, rank=rank, client=client, merge=merge)
+    folder = write(
+        open_run(run), out_folder, rank=rank, client=client, merge=merge, trust_remote_code=trust_remote_code
+    )
     out.print(f"written: {folder}", markup=False, soft_wrap=True)
     next_step(f'flexlora generate {folder} --prompt "…"')
 
@@ -64,6 +69,7 @@ def generate(
     max_new_tokens: int = 128,
     prompt_template: str | None = None,
     cache_dir: Path | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Let a run, an exported adapter or a bare model answer; words appear as they come.
 
@@ -92,6 +98,8 @@ def generate(
         As the key of `flexlora run`; default: the run's own.
     cache_dir
         Where converted models are kept.
+    trust_remote_code
+        Let the model's own Python code run on this machine.
     """
     from flexlora import trained
     from flexlora.data.tables import read_prompts
@@ -106,6 +114,7 @@ def generate(
         refuse_unwritable(out_file, "out")
     prompts = read_prompts(file) if file is not None else []
     changes = given({"prompt_template": prompt_template, "cache_dir": cache_dir, "max_new_tokens": max_new_tokens})
+    changes["trust_remote_code"] = trust_remote_code
     opened = trained.open_trained(target, changes)
     if out_file is not None:
         _write_answers(opened, prompts, out_file)

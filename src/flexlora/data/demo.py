@@ -169,11 +169,11 @@ def write_demo(
 
     Client i trains on ``train`` examples more or fewer by up to a quarter, so that clients weigh differently; it has
     `eval` and `test` others, and each held-out family has `unseen`. No example stands in two files.
-    Raises FlexLoraError where `folder` exists.
+    Raises FlexLoraError where something stands in `folder`, or the disk refuses it.
     """
     clients = len(CLIENT_FAMILIES)
     sizes = [train + (i - clients // 2) * train // (2 * clients) for i in range(clients)]
-    with new_folder(Path(folder)) as root:
+    with new_folder(Path(folder), "--output_dir") as root:
         inner = root / str(clients)
         inner.mkdir()
         for client, (family, size) in enumerate(zip(CLIENT_FAMILIES, sizes, strict=True)):

@@ -37,6 +37,7 @@ def partition(
     records, dropped = read_table(source, columns, drop_empty=drop_empty)
     dealt = deal([record.category for record in records], clients, by, seed)
     path = Path(source)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
     with new_folder(Path(out)) as root:
         inner = root / str(clients)
         inner.mkdir()
@@ -55,7 +56,7 @@ def partition(
             {
                 "made by": "flexlora data partition",
                 "source": path.name,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None,
+                "sha256": digest,
                 "rows": len(records) + dropped,
                 "dropped": dropped,
                 "columns": dict(columns or {}),

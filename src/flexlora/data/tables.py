@@ -134,7 +134,10 @@ def _rows(source: str) -> Sequence[Any]:
 
 
 def _text(path: Path) -> str:
-    raw = path.read_bytes()
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise FlexLoraError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     if b"\0" in raw:
         raise FlexLoraError(f"{path}: holds a NUL byte at offset {raw.index(0)}: save it as plain UTF-8 text")
     try:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from flexlora.data.federation import GLOBAL_TEST, KINDS, permutation
 from flexlora.data.records import Record, to_json
 from flexlora.types import FlexLoraError
@@ -35,25 +37,36 @@ class Prepared:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that becomes `out` at the end; after an error nothing of it is left.
+def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
+    """A temporary folder that becomes `out` at the end, or fills it where it is empty; after an error nothing of it is left.
 
-    Raises FlexLoraError where `out` exists.
+    Raises FlexLoraError, which names the option, where something stands in `out` or the disk refuses.
     """
-    if out.exists() or out.is_symlink():
-        raise FlexLoraError(f"--out {out}: exists already: choose another folder or remove it")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        empty = out.is_dir() and not any(out.iterdir())
+        if not empty and (out.exists() or out.is_symlink()):
+            raise FlexLoraError(f"{option} {out}: exists already: choose another folder or remove it")
+        # An empty folder may be a mounted disk or the current one, which cannot be replaced.
+        place = out if empty else next(folder for folder in out.absolute().parents if folder.exists())
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
     except OSError as error:
-        raise FlexLoraError(f"--out {out}: cannot be made ({error.strerror}): choose another folder") from None
+        raise FlexLoraError(f"{option} {out}: cannot be made ({error.strerror}): choose another folder") from None
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp gives 0700
         yield temporary
-        temporary.rename(out)
-    except BaseException:
+        if empty:
+            for part in temporary.iterdir():
+                part.rename(out / part.name)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            temporary.rename(out)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FlexLoraError(
+            f"{option} {out}: cannot be written ({reason}): make room or choose another folder"
+        ) from None
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
 
 def _umask() -> int:
