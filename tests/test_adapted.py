@@ -42,6 +42,14 @@ def test_a_frozen_term_adds_itself_to_values_and_gradients(term: str, bias: bool
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("term", [None, Factors(torch.zeros(2, 7), torch.zeros(3, 2))])
+def test_no_tokens_at_all(term: Factors | None) -> None:
+    layer, x = adapt(torch.nn.Linear(7, 3)), torch.zeros(0, 7, requires_grad=True)
+    layer.term = term
+    (dx,) = torch.autograd.grad(layer(x).sum(), x)
+    assert dx.shape == (0, 7)
+
+
 def found(layer: AdaptedLinear, x: Tensor, added: Tensor) -> float:
     """How much of what is `added` a layer's output has, on average."""
     bare = x.double() @ layer.weight.double().T

@@ -132,6 +132,16 @@ def test_a_site_without_a_rank_takes_no_part_whenever_it_comes(tiny: tuple[Path,
         town.serve()
 
 
+def test_a_federation_waits_until_enough_sites_can_be_drawn(tiny: tuple[Path, Path], tmp_path: Path) -> None:
+    town = Town(tiny, tmp_path, rounds=1, min_clients=2, participation=0.5, round_timeout=0.01)
+    town.join(0, 1)
+    with pytest.raises(FlexLoraError, match="min_clients: 2 sites are connected and 4 are needed for rounds of 2"):
+        town.serve()
+    assert written(tmp_path / "runs" / "federation") == []
+    town.join(2, 3)
+    assert [len(clients) for clients in participants(town.serve(round_timeout=60))] == [2]
+
+
 def test_enough_sites_are_those_that_can_take_part(tiny: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "ranks.yaml"
     path.write_text(yaml.safe_dump({"clients": {0: 2}}))

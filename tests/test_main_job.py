@@ -209,7 +209,9 @@ def test_from_the_start_a_run_is_the_run_that_it_was(tiny, tmp_path: Path) -> No
     assert content(done.folder, "**/*") == before
     name.write_text(kept)
     again = run(config((tiny[0], data), tmp_path, rounds=2, eval_every=0, resume_from=0))
-    assert content(again.folder, "checkpoints/*/*.safetensors").items() <= before.items()
+    states = content(again.folder, "checkpoints/*/*.safetensors")
+    assert len(states) == 2
+    assert states.items() <= before.items()
 
 
 def test_other_weights_and_another_template_under_the_same_name_are_refused(tiny, tmp_path: Path) -> None:
@@ -226,6 +228,11 @@ def test_other_weights_and_another_template_under_the_same_name_are_refused(tiny
         resume(tmp_path / "r", rounds=2)
     tiny_model(model)
     assert len(resume(tmp_path / "r", rounds=2).metrics) == 2
+    run(config((model, tiny[1]), tmp_path, rounds=1, eval_every=0, name="chat", prompt_template="chat"))
+    chat = model / "chat_template.jinja"
+    chat.write_text("Well: " + chat.read_text())
+    with pytest.raises(FlexLoraError, match="the template chat changed since the run began"):
+        resume(tmp_path / "chat", rounds=2)
 
 
 def test_rounds_can_only_grow_and_are_not_less_than_the_round_gone_on_from(finished: Run, tiny, tmp_path: Path) -> None:

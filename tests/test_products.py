@@ -49,6 +49,20 @@ def test_other_dtypes_stay_with_torch(dtype: torch.dtype) -> None:
     assert torch.equal(mm(a, a), torch.full((64, 64), 64, dtype=dtype))
 
 
+def test_torchs_own_products_lie_in_memory_that_is_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_SERVED", False)
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(70, 60, generator=draw), torch.randn(50, 60, generator=draw).T
+    with torch.no_grad():
+        y = mm(a, b)
+    assert torch.equal(y, a @ b)
+    assert not y.untyped_storage().resizable(), "torch did not allocate it"
+    mm(a.requires_grad_(), b).sum().backward()  # recorded where gradients are
+    assert a.grad is not None
+    torch.testing.assert_close(a.grad, b.sum(1).expand(70, 60))
+    assert mm(torch.zeros(0, 60), b).shape == (0, 50)
+
+
 def test_shapes_alone_multiply_too() -> None:
     with FakeTensorMode():
         assert mm(torch.empty(100, 200), torch.empty(200, 300)).shape == (100, 300)

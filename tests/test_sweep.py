@@ -148,7 +148,8 @@ def test_a_run_whose_last_checkpoint_was_not_written_is_gone_on_with(tmp_path: P
     play_sweep(sweep, lambda event, facts: rounds.append(facts["round"]) if event == "saved" else None)
     assert rounds == [2]
     assert (last / "state.safetensors").read_bytes() == state
-    shutil.rmtree(run.checkpoints)  # to make room, once all is done
+    for folder in run.checkpoints.iterdir():  # to make room, once all is done
+        shutil.rmtree(folder)
     play_sweep(sweep, lambda event, facts: rounds.append(facts["round"]) if event == "saved" else None)
     assert rounds == [2]
 

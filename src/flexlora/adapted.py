@@ -131,7 +131,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _back(grad.flatten(0, -2), ctx.layer, [ctx.layer.dense()]).view(*grad.shape[:-1], -1), None
+        layer: FrozenLinear = ctx.layer
+        return _back(grad.flatten(0, -2), layer, [layer.dense()]).view(*grad.shape[:-1], layer.in_features), None
 
 
 def _through(

@@ -81,6 +81,7 @@ def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, more: dict[st
         and more.get("position_bias") is None
         and more.get("softcap") is None
         and query.shape[-1] == value.shape[-1]
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     )
 
 

@@ -52,11 +52,13 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         )
     method = method_of(config)
     mechanism = mechanism_of(config, config.num_clients or 0)
+    if config.num_clients:  # else more sites may come, for which the runner waits
+        refuse_few(config, config.num_clients)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)
     shapes, base, hidden_size = model.shapes, model.fingerprint, model.hidden_size
     template = template_name(config, model)
-    load_template(template)
+    words = wording(load_template(template), model.tokenizer)
     start = load_adapter(config.init_adapter, shapes) if config.init_adapter else None
     del model
     plan = ranks.read_plan(config.ranks, lora_r=config.lora_r, hidden_size=hidden_size)
@@ -67,9 +69,7 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         runner = FlowerRunner(grid, config, config.local_training(1, template), token, notify)
         infos, stated = arrivals(runner, config, plan, shapes)
         table = stated if begun or not method.equal_ranks else equalled(stated, config.method_name)
-        refuse_few(config, max(len(table), config.min_clients))  # a round waits for so many
         scorer = Scoreless(config, template, table)
-        words = wording(load_template(template))
         setup = Setup(config, method, shapes, table, template, scorer, None, start, base, mechanism, words)
         if not begun:
             # What the method cannot do is said before anything is written; a start that came to no round gives way.

@@ -374,7 +374,7 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
         start,
         model.fingerprint,
         mechanism,
-        wording(template),
+        wording(template, model.tokenizer),
     )
     # What the template or the method cannot do is said before anything is written.
     end_of_turn(template, model.tokenizer)

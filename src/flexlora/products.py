@@ -35,7 +35,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
         return _torch_mm(a, b)
     threads = torch.get_num_threads()
     if threads > 1 and not _SLEEP:
-        return a @ b
+        return _torch_mm(a, b)
     x, y = a.detach().numpy(), b.detach().numpy()
     (n, k), m = x.shape, y.shape[1]
     pieces = min(threads, n * k * m // PIECE, max(n, m))
@@ -53,6 +53,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _torch_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by torch's library, in float32 in the memory of `empty`."""
     if _fits(a, b) and a.dtype == torch.float32 and not torch.is_grad_enabled():
         return torch.mm(a.detach(), b.detach(), out=empty(a.shape[0], b.shape[1]))
     return a @ b

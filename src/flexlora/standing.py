@@ -24,7 +24,7 @@ from flexlora.config import Config
 from flexlora.data.federation import Federation
 from flexlora.methods.base import started
 from flexlora.privacy import Mechanism
-from flexlora.prompts import Template
+from flexlora.prompts import CHAT, Template
 from flexlora.rundir import Run
 from flexlora.types import Adapter, FlexLoraError, LowRank, Method, Ranks, Shapes
 
@@ -183,9 +183,11 @@ FREE_TO_DIFFER = ("rounds", "output_dir", "name", "resume_from", "workers", "run
 """Configuration keys that resume lets differ from the checkpoint's: they change no result, and `rounds` may grow."""
 
 
-def wording(template: Template) -> str:
-    """Digest of what a template makes of a record, whatever it is called."""
+def wording(template: Template, tokenizer: Any) -> str:
+    """Digest of what a template makes of a record, whatever it is called; with `chat` the tokenizer's own counts."""
     texts = [template.prompt_input, template.prompt_no_input, template.response_split, template.stop]
+    if template.name == CHAT.name:
+        texts.append(tokenizer.chat_template)
     return hashlib.sha256(json.dumps(texts).encode()).hexdigest()
 
 

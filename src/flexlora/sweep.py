@@ -94,11 +94,13 @@ def choice(path: Path, axis: str, item: Any) -> tuple[str, dict[str, Any]]:
 
 def finished(found: Run) -> bool:
     """Whether all rounds were played, or an early stop ended them, and the last one was saved: its line comes before its
-    checkpoint. A run whose checkpoints are gone altogether was finished before somebody made room.
+    checkpoint. A run whose checkpoints are all gone was finished before somebody made room.
     """
     lines = found.metrics
     ended = bool(lines) and (len(lines) >= found.config.rounds or bool(lines[-1]["stopped"]))
-    return ended and (not found.checkpoints.is_dir() or lines[-1]["round"] in checkpoint_rounds(found.checkpoints))
+    there = checkpoint_rounds(found.checkpoints)
+    # Cut off in its first round, a run has a line and an empty folder.
+    return ended and (lines[-1]["round"] in there or (not there and len(lines) > 1))
 
 
 def play_sweep(sweep: Sweep, notify: Callable[[str, Mapping[str, Any]], None] = silent) -> list[Run]:

@@ -75,8 +75,10 @@ def _summary(folder: Path, quiet: bool) -> None:
 
     out.print(report_table([folder]))
     out.print(f"run folder: {folder}", markup=False, soft_wrap=True)
-    personal = method_of(open_run(folder).config).personal
+    config = open_run(folder).config
+    personal = method_of(config).personal
     use = f"evaluate {folder} --client 0 --data …" if personal else f'generate {folder} --prompt "…"'
+    use += " --trust_remote_code" if config.trust_remote_code else ""
     next_step(f"flexlora {use}", f"flexlora report {folder}")
 
 

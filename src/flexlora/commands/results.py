@@ -30,6 +30,7 @@ def report(runs: list[Path], /, *, out_file: Out = None) -> None:
     out_file
         The file; default: report.html in the run's folder, of several runs in this one.
     """
+    from flexlora.launch import method_of
     from flexlora.report import write_report
     from flexlora.rundir import open_run
     from flexlora.tables import report_table
@@ -39,10 +40,10 @@ def report(runs: list[Path], /, *, out_file: Out = None) -> None:
     out.print(f"report: {path}", markup=False, soft_wrap=True)
     if len(runs) > 1:
         next_step(f"flexlora report {runs[0]}")
-    elif open_run(runs[0]).adapter.is_dir():
-        next_step(f"flexlora inspect {runs[0]}")
-    else:  # a personal method has no global model to inspect
+    elif method_of(open_run(runs[0]).config).personal:  # has no global model to inspect
         next_step(f"flexlora export {runs[0]} --client 0 --out my-adapter")
+    else:
+        next_step(f"flexlora inspect {runs[0]}")
 
 
 def inspect(run: Path, /, *, energy: float = 0.99, round: int | None = None, out_file: Out = None) -> None:

@@ -55,7 +55,7 @@ def export(
         open_run(run), out_folder, rank=rank, client=client, merge=merge, trust_remote_code=trust_remote_code
     )
     out.print(f"written: {folder}", markup=False, soft_wrap=True)
-    next_step(f'flexlora generate {folder} --prompt "…"')
+    next_step(f'flexlora generate {folder} --prompt "…"' + (" --trust_remote_code" if trust_remote_code else ""))
 
 
 def generate(

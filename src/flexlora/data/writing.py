@@ -60,6 +60,8 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
         else:
             out.parent.mkdir(parents=True, exist_ok=True)
             temporary.rename(out)
+    except BrokenPipeError:  # whoever read the output went away
+        raise
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise FlexLoraError(

@@ -7,6 +7,7 @@ figures of its training and its validation loss; its examples do not.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
-from flexlora import client, wire
+from flexlora import client, sampling, wire
 from flexlora.client import Site
 from flexlora.collection import Notify
 from flexlora.config import Config, make_config
@@ -154,17 +155,20 @@ class FlowerRunner:
         return seats
 
     def wait(self) -> dict[int, Seat]:
-        """The seats of those that are not turned away, once there are at least `min_clients`. Raises FlexLoraError where they
+        """The seats of those that are not turned away, once `min_clients` of them can be drawn. Raises FlexLoraError where they
         do not come."""
         end = time.monotonic() + (self._config.round_timeout or DAY_HALF)
+        least, share = self._config.min_clients, self._config.participation
+        needed = next(n for n in itertools.count(least) if sampling.cohort(n, share) >= least)
+        of_them = "" if needed == least else f" for rounds of {least}"
         told = False
-        while len(seats := self._fit()) < self._config.min_clients:
+        while len(seats := self._fit()) < needed:
             if not told:
                 told = True
-                self._note(f"waiting for sites: {len(seats)} of {self._config.min_clients} are connected")
+                self._note(f"waiting for sites: {len(seats)} of {needed} are connected{of_them}")
             if time.monotonic() > end:
                 raise FlexLoraError(
-                    f"min_clients: {len(seats)} sites are connected and {self._config.min_clients} are needed; "
+                    f"min_clients: {len(seats)} sites are connected and {needed} are needed{of_them}; "
                     "start more SuperNodes, or lower min_clients"
                 )
             time.sleep(POLL)
