@@ -117,6 +117,15 @@ def test_flexlora_lets_idle_threads_sleep_soon_unless_told_otherwise() -> None:
         assert done.stdout.strip() == expected
 
 
+def test_onednn_keeps_few_products_compiled_unless_told_otherwise() -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    code = f"import flexlora, os; print(os.environ.get('{name}'))"
+    for before, more, expected in (("", {}, "128"), ("", {name: "7"}, "7"), ("import torch; ", {}, "None")):
+        environment = {k: v for k, v in os.environ.items() if k != name} | more
+        done = subprocess.run([sys.executable, "-c", before + code], env=environment, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
+
+
 FAULTS = """
 import resource, threading
 import flexlora

@@ -18,13 +18,17 @@ def made_by_intel() -> bool:
 
 
 def settle() -> None:
-    """Before torch is loaded, as both are too late where it is there already: how its threads wait and where they allocate.
+    """Before torch is loaded, as all is too late where it is there already: how its threads wait and where they allocate.
 
     Where other threads multiply (see `flexlora.products`) its idle threads sleep after a few microseconds, in which the next
     operation usually comes: waking one takes longer. The OpenMP library reads the variables once.
+
+    And how many products oneDNN (bfloat16) keeps compiled, by their sizes: rows of ever new lengths filled its thousand places
+    with half a gigabyte; a pass needs some fifty.
     """
     if "torch" not in sys.modules:
         _keep_freed()
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
         if not made_by_intel() and "OMP_WAIT_POLICY" not in os.environ:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")
