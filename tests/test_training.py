@@ -228,6 +228,7 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(
         train_on_inputs=train_on_inputs,
     )
     task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
+    bare_head(model.network)  # passes one token to find out, once
     tokens: list[int] = []
     watch = model.network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
     outcomes = []
