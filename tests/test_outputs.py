@@ -7,15 +7,16 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
-from flexlora import cli, modeling, trained
+from console import Command, Done, refused
+from flexlora import modeling, trained
 from flexlora.config import Config
 from flexlora.data import writing
 from flexlora.data.demo import write_demo
@@ -30,37 +31,6 @@ from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
 
 ROWS = "".join(f'{{"instruction": "Say {i}.", "output": "{i}"}}\n' for i in range(40))
-
-
-class Done(NamedTuple):
-    code: int
-    said: str
-    error: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: object) -> Done:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return Done(code, said.out, said.err)
-
-    return call
-
-
-def refused(done: Done, *parts: str) -> None:
-    assert done.code == 2, done
-    assert done.error.count("\n") == 1, done.error
-    for part in parts:
-        assert part in done.error
 
 
 @pytest.fixture(scope="module")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig, Phi3Config, PretrainedConfig
 
-from flexlora import Config, cli, rundir
+from console import Command, refused
+from flexlora import Config, rundir
 from flexlora import run as play
 from flexlora.modeling import load_adapter, load_model
 from flexlora.prompts import load_template
@@ -57,37 +57,6 @@ FAST: dict[str, Any] = {
     "ranks": {"types": {"a": 2, "b": 4}, "clients": {0: "a", 1: "b", 2: "a"}},
     "name": "r",
 }
-
-
-class Done(NamedTuple):
-    code: int
-    said: str
-    error: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: object) -> Done:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return Done(code, said.out, said.err)
-
-    return call
-
-
-def refused(done: Done, *parts: str) -> None:
-    assert done.code == 2, done
-    assert done.error.count("\n") == 1, done.error
-    for part in parts:
-        assert part in done.error
 
 
 def logits(network: Any) -> torch.Tensor:
