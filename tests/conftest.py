@@ -1,4 +1,6 @@
-"""Settings for all tests: one thread a process, so that workers side by side do not slow one another down."""
+"""Settings for all tests: one thread a process, so that workers side by side do not slow one another down; what several files share."""
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ settings.load_profile("flexlora")
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process: the same words, without the seconds that importing torch takes."""
     from flexlora import cli
 
     def call(*words: object) -> Done:
@@ -26,3 +29,20 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
         return Done(code, said.out, said.err)
 
     return call
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(model, data of four clients), for files that say nothing else."""
+    from tiny import tiny_federation, tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
+
+
+@pytest.fixture
+def sites_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sites of a town run in this process."""
+    from town import in_this_process
+
+    in_this_process(monkeypatch, tmp_path / "home")

@@ -20,14 +20,9 @@ from flexlora.rundir import read_metrics
 from flexlora.runners import flower
 from flexlora.runners.flower_folder import run_keys, write_folder
 from flexlora.types import FlexLoraError
-from tiny import tiny_federation, tiny_model
-from town import Town, in_this_process, participants, state_of
+from town import Town, participants, state_of
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
+pytestmark = pytest.mark.usefixtures("sites_here")
 
 
 @pytest.fixture
@@ -37,11 +32,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(flower.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(flower.time, "sleep", lambda seconds: now.__setitem__(0, now[0] + 1))
     return now
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch, tmp_path / "home")
 
 
 @pytest.mark.parametrize(

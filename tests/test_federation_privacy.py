@@ -13,19 +13,9 @@ from safetensors.torch import load
 
 from flexlora import training
 from flexlora.rundir import read_metrics
-from tiny import tiny_federation, tiny_model
-from town import RANKS, Town, in_this_process
+from town import RANKS, Town
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch, tmp_path / "home")
+pytestmark = pytest.mark.usefixtures("sites_here")
 
 
 SECRET = "the patient is called Elfriede Vogelsang"

@@ -13,19 +13,9 @@ from flwr.app import Message
 
 from flexlora.rundir import Run, read_metrics
 from flexlora.types import FlexLoraError
-from tiny import tiny_federation, tiny_model
-from town import Town, in_this_process, participants, state_of
+from town import Town, participants, state_of
 
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny_model(folder / "model"), tiny_federation(folder / "data", 4)
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    in_this_process(monkeypatch, tmp_path / "home")
+pytestmark = pytest.mark.usefixtures("sites_here")
 
 
 def written(folder: Path) -> list[str]:

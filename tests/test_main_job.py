@@ -3,9 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -45,28 +44,6 @@ def config(tiny: tuple[Path, Path], folder: Path, **keys: Any) -> Config:
         **keys,
     }
     return Config(**values)
-
-
-class Done(NamedTuple):
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def command(capsys) -> Callable[..., Done]:
-    """The command line in this process: the same words, without the seconds that importing torch takes."""
-
-    def call(*words: str) -> Done:
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Done(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture(scope="session")
@@ -155,8 +132,8 @@ def test_python_and_command_line_give_the_same(command, finished: Run, tiny, tmp
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump(finished.config.dump()))
     done = command("run", str(path), "--output_dir", str(tmp_path), "--name", "cli")
-    assert done.returncode == 0, done.stderr
-    assert "next: flexlora generate" in done.stdout
+    assert done.code == 0, done.error
+    assert "next: flexlora generate" in done.said
     other = Run(tmp_path / "cli")
     assert content(other.folder, "adapter/adapter_model*") == content(finished.folder, "adapter/adapter_model*")
     assert timeless(other) == timeless(finished)
@@ -312,7 +289,7 @@ def test_evaluate_gives_the_number_of_the_log(command, finished: Run, tiny, tmp_
     assert scores.rougeL == best["eval"]["rougeL"]
     assert scores.loss == pytest.approx(best["eval"]["loss"], abs=1e-6)
     done = command("evaluate", str(finished.folder), "--data", str(tiny[1]), "--predictions", str(tmp_path / "p.jsonl"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     lines = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert len(lines) == best["eval"]["examples"]
     assert sum(line["rougeL"] for line in lines) / len(lines) == pytest.approx(best["eval"]["rougeL"])
@@ -321,7 +298,7 @@ def test_evaluate_gives_the_number_of_the_log(command, finished: Run, tiny, tmp_
 @pytest.mark.parametrize("rank", [1, 3, 8])
 def test_export_at_any_rank_is_the_best_approximation(command, finished: Run, tmp_path: Path, rank: int) -> None:
     done = command("export", str(finished.folder), "--rank", str(rank), "--out", str(tmp_path / "e"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     whole = open_trained(str(finished.folder)).adapter
     small = open_trained(str(tmp_path / "e"), {"model": finished.config.model}).adapter
     for module, x in whole.items():
@@ -334,14 +311,14 @@ def test_export_at_any_rank_is_the_best_approximation(command, finished: Run, tm
 
 def test_export_of_a_client_has_its_ranks(command, finished: Run, tmp_path: Path) -> None:
     done = command("export", str(finished.folder), "--client", "3", "--out", str(tmp_path / "e"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     adapter = open_trained(str(tmp_path / "e")).adapter
     assert {m.rsplit(".", 1)[-1]: x.A.shape[0] for m, x in adapter.items()}["q_proj"] == 3
 
 
 def test_export_merged_answers_like_the_adapter(command, finished: Run, tmp_path: Path) -> None:
     done = command("export", str(finished.folder), "--merge", "--out", str(tmp_path / "m"))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     ids = torch.tensor([[5, 80, 33, 200, 41, 7]])
     with torch.no_grad():
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m")(input_ids=ids).logits
@@ -351,7 +328,7 @@ def test_export_merged_answers_like_the_adapter(command, finished: Run, tmp_path
 
 def test_generate_streams_an_answer(command, finished: Run) -> None:
     done = command("generate", str(finished.folder), "--prompt", "Say a word.", "--max_new_tokens", "3")
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
 
 
 def test_init_adapter_starts_there(finished: Run, tiny, tmp_path: Path) -> None:
@@ -382,7 +359,7 @@ def test_the_original_command_lines(command, tiny, tmp_path: Path, line: str) ->
     ]
     more = ["--local_learning_rate", "0.001", "--R_1", "1", "--early_stop", "false", "--validation_examples", "4"]
     done = command(*words, *small, *more, "--output_dir", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     found = Run(tmp_path / "s")
     assert len(found.metrics) == 2
     assert found.config.early_stop is False
@@ -454,10 +431,10 @@ def test_prompts_that_are_cut_are_counted_and_told(tiny, tmp_path: Path, command
         "r",
     ]
     done = command(*words, *more)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
     clients = Run(tmp_path / "r").metrics[0]["clients"]
     assert all(0 < c["cut_examples"] <= c["examples"] and c["cut"] >= c["cut_examples"] for c in clients)
-    assert done.stdout.count("prompts were cut to fit cutoff_len") == len(clients)
+    assert done.said.count("prompts were cut to fit cutoff_len") == len(clients)
 
 
 def test_auto_gives_each_client_the_largest_type_that_its_memory_affords(tiny, tmp_path: Path) -> None:
@@ -526,11 +503,11 @@ def test_the_next_step_of_personal_models_is_one_that_they_can_take(tiny, tmp_pa
     done = command(
         "run", "--model", str(tiny[0]), *words, "--output_dir", str(tmp_path), "--name", "personal", "--eval_every", "0"
     )
-    assert f"next: flexlora evaluate {folder} --client 0 --data …\n      flexlora report {folder}\n" in done.stdout
+    assert f"next: flexlora evaluate {folder} --client 0 --data …\n      flexlora report {folder}\n" in done.said
     done = command(
         "evaluate", str(folder), "--client", "0", "--data", str(tiny[1]), "--examples", "1", "--max_new_tokens", "2"
     )
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.error
 
 
 def test_a_taken_name_is_refused(finished: Run, tiny) -> None:
