@@ -5,12 +5,13 @@
     python benchmarks/published.py --data runs/published-data --precision float32      # the same arithmetic: losses compare
     python benchmarks/published.py --data runs/published-data --spare-hashing
 
-The published way is written here from its description. For each client: the data set is read and tokenised again, by a
-function that holds the model, which `datasets.map` hashes to know its cache (`--spare-hashing`: the function holds the
-tokenizer alone); PEFT wraps the base model; a fresh `transformers.Trainer` evaluates, trains and evaluates, gathering
-the logits of whole sequences; the weights go to disk. The server reads them, adds up dense products, takes one dense SVD
-a module and slices it for every client there is. Labels are all tokens, or those of the response (`--labels response`);
-batches of 4 in micro-batches of 2, no dropout.
+The published way is written here from its description. For each client: its training, evaluation and test records are
+read and tokenised again, each by a function that holds the PEFT model, which `datasets.map` hashes to know its cache
+(`--spare-hashing`: the function holds the tokenizer alone); a fresh `transformers.Trainer` evaluates, micro-batch by
+micro-batch, another one trains and evaluates, both padding to multiples of 8, gathering the logits of whole sequences
+and scoring their argmax by ROUGE; the weights go to disk. The server reads them, adds up dense products, takes one dense
+SVD a module and slices it for every client there is. Labels are all tokens, or those of the response (`--labels
+response`); batches of 4 in micro-batches of 2, no dropout.
 
 Each way has a process of its own, the published one with torch as it comes; memory is the kernel's peak of it (VmHWM).
 Linux only.
@@ -112,6 +113,27 @@ class Tokeniser:
         return {"input_ids": list(x.input_ids), "labels": labels, "attention_mask": [1] * len(labels)}
 
 
+def teacher_forced_rouge(tokenizer: Any) -> Any:
+    """The published metric: the argmax at every position against the labels, neither shifted nor cut to the answer."""
+    from rouge_score import rouge_scorer, scoring
+
+    def compute(found: Any) -> dict[str, float]:
+        labels = found.label_ids
+        labels[labels == -100] = tokenizer.eos_token_id
+        texts = (
+            tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (labels, found.predictions.argmax(-1))
+        )
+        scorer, total = (
+            rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"]),
+            scoring.BootstrapAggregator(),
+        )
+        for target, prediction in zip(*texts, strict=True):
+            total.add_scores(scorer.score(target, prediction))
+        return {name: score.mid.fmeasure for name, score in total.aggregate().items()}
+
+    return compute
+
+
 def published(data: Path, rounds: int, everything: bool, out: Path, hashing: bool) -> dict[str, Any]:
     import datasets
     from peft import LoraConfig, get_peft_model
@@ -125,11 +147,19 @@ def published(data: Path, rounds: int, everything: bool, out: Path, hashing: boo
             rows: Any = self.train_dataset if train_dataset is None else train_dataset
             return SequentialSampler(rows)
 
+    def arguments(evaluated: int) -> Any:
+        return TrainingArguments(
+            str(out / "trainer"), per_device_train_batch_size=2, per_device_eval_batch_size=evaluated,
+            gradient_accumulation_steps=2, learning_rate=SETTINGS["learning_rate"], num_train_epochs=1,
+            eval_accumulation_steps=4, eval_strategy="no", save_strategy="no", logging_strategy="no", report_to=[],
+            use_cpu=True, disable_tqdm=True,
+        )  # fmt: skip
+
     datasets.disable_progress_bars()
     tokenizer = load_model("smollm2").tokenizer
     base: Any = AutoModelForCausalLM.from_pretrained(str(gguf.converted(gguf.smollm2_file())), dtype=torch.float32)
-    tokenise = Tokeniser(tokenizer, base if hashing else None, everything)
-    collator = DataCollatorForSeq2Seq(tokenizer, padding=True)
+    collator = DataCollatorForSeq2Seq(tokenizer, padding=True, pad_to_multiple_of=8)
+    compute = teacher_forced_rouge(tokenizer)
     tasks = json.loads((out / "tasks.json").read_text())
     given: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
     result: dict[str, Any] = {"rounds": [], "parts": [], "losses": []}
@@ -137,11 +167,7 @@ def published(data: Path, rounds: int, everything: bool, out: Path, hashing: boo
         begin, parts, losses = time.perf_counter(), defaultdict[str, float](float), {}
         mine = [t for t in tasks if t["round"] == number]
         for task in mine:
-            start, client, ranks = time.perf_counter(), task["client"], task["ranks"]
-            files = {k: str(data / str(CLIENTS) / f"local_{k}_{client}.json") for k in ("training", "eval")}
-            sets: Any = datasets.load_dataset("json", data_files=files, cache_dir=str(out / f"cache-{number}-{client}"))
-            sets = {k: s.map(tokenise, remove_columns=s.column_names) for k, s in sets.items()}
-            parts["data"] += time.perf_counter() - start
+            client, ranks = task["client"], task["ranks"]
             network: Any = get_peft_model(
                 base,
                 LoraConfig(
@@ -156,22 +182,29 @@ def published(data: Path, rounds: int, everything: bool, out: Path, hashing: boo
                 layer = base.get_submodule(m)
                 layer.lora_A["default"].weight.data.copy_(A)
                 layer.lora_B["default"].weight.data.copy_(B / scaling(16, len(A), "alpha_over_r"))
-            arguments = TrainingArguments(
-                str(out / "trainer"), per_device_train_batch_size=2, per_device_eval_batch_size=8,
-                gradient_accumulation_steps=2, learning_rate=SETTINGS["learning_rate"], num_train_epochs=1,
-                eval_strategy="no", save_strategy="no", logging_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True,
-            )  # fmt: skip
-            trainer = InOrder(
-                network, arguments, train_dataset=sets["training"].select(task["order"]), eval_dataset=sets["eval"],
-                data_collator=collator, compute_metrics=lambda p: {"positions": len(p.predictions[0])},
-            )  # fmt: skip
-            for step in ("before", "train", "after"):
-                start = time.perf_counter()
-                if step == "train":
-                    losses[client] = trainer.train().training_loss
-                else:
-                    trainer.evaluate()
-                parts["train" if step == "train" else f"evaluation {step}"] += time.perf_counter() - start
+            start = time.perf_counter()
+            files = {k: str(data / str(CLIENTS) / f"local_{k}_{client}.json") for k in ("training", "eval", "test")}
+            tokenise = Tokeniser(tokenizer, network if hashing else None, everything)
+            sets: Any = datasets.load_dataset("json", data_files=files, cache_dir=str(out / f"cache-{number}-{client}"))
+            sets = {k: s.map(tokenise, remove_columns=s.column_names) for k, s in sets.items()}
+            parts["data"] += time.perf_counter() - start
+
+            sides = {
+                "train_dataset": sets["training"].select(task["order"]),
+                "eval_dataset": sets["eval"],
+                "data_collator": collator,
+                "compute_metrics": compute,
+            }
+            start = time.perf_counter()
+            InOrder(network, arguments(2), **sides).evaluate()
+            parts["evaluation before"] += time.perf_counter() - start
+            start = time.perf_counter()
+            second = InOrder(network, arguments(8), **sides)
+            losses[client] = second.train().training_loss
+            parts["train"] += time.perf_counter() - start
+            start = time.perf_counter()
+            second.evaluate()
+            parts["evaluation after"] += time.perf_counter() - start
             start = time.perf_counter()
             weights = {n: p.detach().contiguous() for n, p in network.named_parameters() if "lora_" in n}
             save_file(weights, out / f"client-{number}-{client}.safetensors")
