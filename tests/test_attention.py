@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flexlora import attention
+from flexlora import rows as rows_module
 from flexlora.decoding import has_slots
 from flexlora.logits import said
 from flexlora.modeling import load_model
-from flexlora.rows import Rows, Shared
+from flexlora.rows import Rows, Shared, halves
 from tiny import tiny_model
 
 
@@ -93,6 +96,87 @@ def test_sequences_of_one_row_see_the_beginning_and_themselves(
 ) -> None:
     draw, shared = torch.Generator().manual_seed(seed), Shared(beginning, tuple(own))
     assert_shared_attention(as_networks_have_them(draw, beginning + sum(own), (4, 2, 2), size), shared, draw, 2e-6)
+
+
+def assert_halves(parts: list[Tensor], shared: Shared, draw: torch.Generator, near: float) -> None:
+    """Two halves of a row, the first one of which is through before the second begins, and the other way round on the way back:
+    output and gradients are those of dense float64 arithmetic over the row.
+    """
+    length = parts[0].shape[2]
+    row = Rows(torch.zeros(1, length, dtype=torch.long), torch.zeros(0).long(), torch.zeros(0).long(), shared)
+    with patch.object(rows_module, "PAIR", 1):
+        pair = halves(row)
+    cut, between, outputs, inputs = pair[0].input_ids.shape[1], attention.Between(), [], []
+    for half, place in zip(pair, (slice(0, cut), slice(cut, None)), strict=True):
+        assert half.shared is not None
+        q, k, v = mine = [x.detach()[:, :, place].requires_grad_() for x in parts]
+        module, mask = SimpleNamespace(num_key_value_groups=2, is_causal=True), half.shared.mask()
+        with attention.sharing(half.shared, mask, between):
+            outputs.append(attention.attend(module, q, k, v, mask, scaling=q.shape[3] ** -0.5)[0])
+        inputs.append(mine)
+    truth_parts = [x.detach().double().requires_grad_() for x in parts]
+    truth = dense(truth_parts[0], truth_parts[1], truth_parts[2], shared.mask()[0, 0])
+    weights = torch.randn(truth.shape, generator=draw).to(parts[0].dtype)
+    second = torch.autograd.grad(outputs[1], inputs[1], weights[:, cut:])
+    first = torch.autograd.grad(outputs[0], inputs[0], weights[:, :cut])
+    found = [torch.cat(outputs, 1), *(torch.cat(x, 2) for x in zip(first, second, strict=True))]
+    expected = [truth, *torch.autograd.grad(truth, truth_parts, weights.double())]
+    for x, t in zip(found, expected, strict=True):
+        assert x.dtype == parts[0].dtype
+        assert float((x.detach().double() - t.detach()).norm()) <= near * float(t.detach().norm())
+
+
+@given(
+    beginning=st.integers(1, 40),
+    own=st.lists(st.integers(1, 40), max_size=5),
+    size=st.sampled_from([4, 16]),
+    seed=st.integers(0, 2**16),
+)
+def test_halves_of_a_row_attend_as_the_row_does(beginning: int, own: list[int], size: int, seed: int) -> None:
+    draw, shared = torch.Generator().manual_seed(seed), Shared(beginning + (not own), tuple(own))
+    length = shared.beginning + sum(own)
+    assert_halves(as_networks_have_them(draw, length, (4, 2, 2), size), shared, draw, 2e-6)
+
+
+@pytest.mark.parametrize("own", [(), (3, 1, 4), (attention.SHORT, 9), (attention.SHORT * 2, 9)])
+def test_halves_of_a_row_in_bfloat16(own: tuple[int, ...]) -> None:
+    draw, shared = torch.Generator().manual_seed(0), Shared(5, own)
+    assert_halves(as_networks_have_them(draw, 5 + sum(own), (4, 2, 2), 16, torch.bfloat16), shared, draw, 0.01)
+
+
+def test_a_half_that_waits_for_one_that_failed_fails() -> None:
+    between, failed = attention.Between(), ValueError("out of luck")
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(between.hear, "keys", 1)
+        between.end(failed)
+        assert waiting.exception(timeout=10) is failed
+    with pytest.raises(ValueError, match="out of luck"):
+        between.tell("keys", 2, ())
+
+
+def test_half_a_row_does_not_attend_by_a_mask() -> None:
+    q, k, v = as_networks_have_them(torch.Generator().manual_seed(0), 4, (4, 2, 2), 16)
+    module, shared = SimpleNamespace(num_key_value_groups=2, is_causal=True), Shared(4, (), before=3)
+    mask = shared.mask()
+    with attention.sharing(shared, mask, attention.Between()), pytest.raises(RuntimeError, match="half a row"):
+        attention.attend(module, q, k, v, mask, scaling=0.25, dropout=0.5)
+
+
+def test_rows_are_not_cut_for_a_network_with_masks_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = load_model(str(tiny_model(tmp_path))).network
+    assert attention.halves_rows(network)
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "_KERNEL", False)
+        assert not attention.halves_rows(network)
+    first = network.model.layers[0].self_attn
+    forward = first.forward
+
+    def masking(*given: Any, attention_mask: Any, **more: Any) -> Any:
+        return forward(*given, attention_mask=attention_mask.clone(), **more)
+
+    monkeypatch.setattr(first, "forward", masking)
+    assert attention.can_share(network)
+    assert not attention.halves_rows(network)
 
 
 @pytest.mark.parametrize("own", [(3, 1, 4), (attention.SHORT, 9)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import string
+import threading
 import unicodedata
 from statistics import fmean
 from typing import Any
@@ -58,6 +59,26 @@ def test_loss_equals_one_example_at_a_time(tiny, batch_size, train_on_inputs):
     # cross entropy is computed in float32, as in training
     assert result.sums == pytest.approx([s for s, _ in expected], rel=1e-5)
     assert result.mean == pytest.approx(sum(s for s, _ in expected) / sum(n for _, n in expected), rel=1e-5)
+
+
+def test_two_rows_are_read_at_once_where_there_are_cores_and_a_pass_changes_nothing(tiny, monkeypatch):
+    network, examples = tiny[0], some_examples(11)
+    threads: set[int] = set()
+    hook = network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
+    before, found = torch.get_num_threads(), []
+    try:
+        for cores, alike, expected in ((1, True, 1), (2, True, 2), (5, True, 2), (2, False, 1)):
+            torch.set_num_threads(cores)
+            monkeypatch.setattr(evaluation, "side_by_side", lambda _, alike=alike: alike)
+            threads.clear()
+            found.append(loss(network, examples, batch_size=2))
+            assert len(threads) <= expected
+            assert (len(threads) > 1) is (expected > 1)
+            assert torch.get_num_threads() == cores
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)
+    assert all(x.sums == pytest.approx(found[0].sums, rel=1e-5) for x in found)
 
 
 def test_loss_of_nothing(tiny):

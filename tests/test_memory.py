@@ -65,11 +65,13 @@ def test_activations_grow_with_tokens_and_ranks(empty: Model) -> None:
 
 
 def test_lanes_that_train_at_once_are_counted_and_no_others(empty: Model) -> None:
-    """Two halves of a micro-batch, each with gradients of its own; a larger one is cut into more, two of them at once."""
-    one, two, many = (training_memory(empty, at(empty, 4), Workload(n, 512)) for n in (1, 2, 8))
-    assert two.adapters * 4 == one.adapters * 6
+    """Two halves of a micro-batch or of a row, each with gradients of its own; a larger one is cut into more, two of them at once."""
+    sizes = ((1, 150), (1, 512), (2, 512), (8, 512))
+    short, row, two, many = (training_memory(empty, at(empty, 4), Workload(*size)) for size in sizes)
+    assert row.adapters * 4 == short.adapters * 6
+    assert row.adapters == two.adapters
     assert many == two
-    assert two.activations == pytest.approx(2 * one.activations, rel=0.1)
+    assert two.activations == pytest.approx(2 * row.activations, rel=0.1)
 
 
 def test_the_largest_that_fits() -> None:

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,9 +28,10 @@ from transformers import (
 )
 
 from flexlora import attention
+from flexlora import rows as rows_module
 from flexlora.likelihood import logits, negative_log_likelihood
 from flexlora.logits import said
-from flexlora.rows import LANE, PAIR, Shared, collate, common_beginning, fill, halved, label_tokens
+from flexlora.rows import LANE, PAIR, Rows, Shared, collate, common_beginning, fill, halved, halves, label_tokens
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,53 @@ def test_one_row_has_every_label_after_what_stands_before_it(
     ]
     assert sorted(found) == sorted(expected)
     assert len(ids) == sum(len(x.input_ids) for x in examples) - (len(examples) - 1) * n
+
+
+def sees(parts: Sequence[Rows]) -> list[tuple[tuple[int, ...], int]]:
+    """What tokens each label comes after, and the label, as often as it counts, by positions and masks; of a row or its halves."""
+    found: list[tuple[tuple[int, ...], int]] = []
+    ids_before = places_before = torch.zeros(0, dtype=torch.long)
+    for rows in parts:
+        assert rows.shared is not None
+        before, ends = rows.shared.before, len(ids_before) - rows.shared.cut_off
+        ids, places = rows.input_ids[0], rows.shared.positions()[0]
+        all_ids = torch.cat([ids_before[:before], ids_before[ends:], ids])
+        all_places = torch.cat([places_before[:before], places_before[ends:], places])
+        mask, weights = rows.shared.mask()[0, 0], rows.weights
+        assert mask.shape == (len(ids), len(all_ids))
+        for i, (k, label) in enumerate(zip(rows.keep.tolist(), rows.labels.tolist(), strict=True)):
+            seen = mask[k].nonzero().flatten()
+            assert all_places[seen].tolist() == list(range(len(seen)))
+            found += [(tuple(all_ids[seen].tolist()), label)] * (1 if weights is None else int(weights[i]))
+        ids_before, places_before = ids, places
+    return sorted(found)
+
+
+@given(tails, st.integers(2, 69), st.booleans(), st.data())
+@settings(deadline=None, max_examples=100)
+def test_two_halves_of_a_row_see_what_the_row_sees(
+    tails: list[list[int]], beginning: int, train_on_inputs: bool, data: st.DataObject
+) -> None:
+    head = HEAD[:beginning]
+    starts = [len(head) + data.draw(st.integers(0, len(t) - 1)) for t in tails]
+    examples = [Example((*head, *t), start) for t, start in zip(tails, starts, strict=True)]
+    rows = collate(examples, train_on_inputs, beginning=common_beginning(examples, train_on_inputs) or 1)
+    with patch.object(rows_module, "PAIR", 1):
+        parts = halves(rows)
+    first, second = (x.input_ids.shape[1] for x in parts)
+    assert 0 <= second - first <= 1
+    assert torch.equal(torch.cat([x.input_ids for x in parts], 1), rows.input_ids)
+    assert sees(parts) == sees([rows])
+
+
+def test_a_row_of_one_example_has_halves_and_a_short_one_or_several_have_not() -> None:
+    long = Example(tuple(range(2 * PAIR)), 2 * PAIR - 3)
+    first, second = halves(collate([long], False))
+    assert first.shared == Shared(PAIR, ())
+    assert second.shared == Shared(PAIR, (), before=PAIR)
+    assert (len(first.labels), second.labels.tolist()) == (0, list(long.input_ids[-3:]))
+    assert len(halves(collate([Example(long.input_ids[1:], 5)], False))) == 1
+    assert len(halves(collate([long, long], False))) == 1
 
 
 @given(tails, st.booleans(), st.data())
@@ -199,6 +248,14 @@ def test_one_row_is_what_each_example_is_alone(kind: str, train_on_inputs: bool)
     if not network.config.tie_word_embeddings:
         (ours,) = torch.autograd.grad(loss, [weight])
         torch.testing.assert_close(ours, gradient, rtol=1e-3, atol=1e-5)
+    assert attention.halves_rows(network)
+    with patch.object(rows_module, "PAIR", 1):
+        between, parts = attention.Between(), halves(rows)
+    assert len(parts) == 2
+    halved_loss = torch.stack(
+        [negative_log_likelihood(said(network, p, between)[0], p.labels, p.weights, head) for p in parts]
+    ).sum()
+    torch.testing.assert_close(halved_loss, expected.detach(), rtol=1e-5, atol=0)
     again, _ = said(network, rows)  # what it found out it knows
     torch.testing.assert_close(logits(again, head), logits(x, head))
     assert network(input_ids=rows.input_ids).logits.shape == (*rows.input_ids.shape, 300), "nothing stays selected"

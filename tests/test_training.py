@@ -24,7 +24,9 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from flexlora import attention
 from flexlora import rows as rows_module
+from flexlora import training as training_module
 from flexlora.logits import bare_head
 from flexlora.modeling import Model, load_model, save_adapter
 from flexlora.rows import collate, label_tokens
@@ -344,6 +346,69 @@ def test_lanes_side_by_side_change_nothing(
     assert difference(one.adapter, two.adapter) < 1e-5
     assert difference(one.adapter, three.adapter) < 1e-5
     assert (difference(one.adapter, whole.adapter) < 1e-5) is (dropout == 0.0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+@pytest.mark.parametrize("examples", [make_examples(7)[:1], with_beginning(20)], ids=["one", "shared"])
+def test_halves_of_a_row_side_by_side_change_nothing(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    train_on_inputs: bool,
+    examples: list[Example],
+    precision: str,
+) -> None:
+    model = load_model(str(tiny_model(tmp_path)), precision=precision)
+    more = {"batch_size": 7, "micro_batch_size": 7, "train_on_inputs": train_on_inputs}
+    training = replace(TRAINING, **more, optimizer="sgd", learning_rate=0.5, warmup=0)
+    task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
+    ways: list[list[int]] = []
+    cut = training_module.halves
+    monkeypatch.setattr(rows_module, "PAIR", 2)
+    monkeypatch.setattr(
+        training_module, "halves", lambda rows: ways.append([len(x.labels) for x in cut(rows)]) or cut(rows)
+    )
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for cores in (1, 2, 2, 3):
+            torch.set_num_threads(cores)
+            outcomes.append(train_client(model, task, examples))
+            assert torch.get_num_threads() == cores
+    finally:
+        torch.set_num_threads(before)
+    one, two, again, three = outcomes
+    assert ways
+    assert all(len(labels) == 2 for labels in ways)
+    near = 1e-5 if precision == "float32" else 0.02
+    assert difference(two.adapter, again.adapter) == 0.0
+    assert difference(two.adapter, three.adapter) < near
+    assert difference(one.adapter, two.adapter) < near
+    assert difference(one.adapter, task.download.adapter) > 0.01
+    assert one.metrics["last_loss"] == pytest.approx(two.metrics["last_loss"], abs=near)
+
+
+def test_what_ends_one_half_of_a_row_ends_the_client(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other half does not wait for it for ever, and the next client is none the worse."""
+    task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
+    monkeypatch.setattr(rows_module, "PAIR", 2)
+    back, before = attention._parts_back, torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        good = train_client(model, task, examples)
+        for of_the_second in (True, False):
+
+            def fails(*given: Any, of_the_second: bool = of_the_second) -> Any:
+                if bool(given[6]) is of_the_second:
+                    raise RuntimeError("no memory")
+                return back(*given)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(attention, "_parts_back", fails)
+                with pytest.raises(RuntimeError, match="no memory"):
+                    train_client(model, task, examples)
+            assert difference(train_client(model, task, examples).adapter, good.adapter) == 0.0
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

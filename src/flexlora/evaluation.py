@@ -15,14 +15,16 @@ from functools import cache
 from statistics import fmean
 from typing import Any
 
+import torch
 from torch import nn
 
 from flexlora.attention import can_share
 from flexlora.batching import Chunk, plan
+from flexlora.cores import each
 from flexlora.decoding import has_slots
 from flexlora.generation import generate, generate_and_read, stream
 from flexlora.likelihood import token_nll
-from flexlora.logits import inference, likeliest_tokens, logits_at, pass_tokens, said
+from flexlora.logits import bare_head, inference, likeliest_tokens, logits_at, pass_tokens, said, side_by_side
 from flexlora.prompts import Encoded, Record, Template, encode_all, encode_prompts, end_of_turn, extract_response
 from flexlora.rows import collate, label_tokens
 
@@ -56,23 +58,33 @@ def loss(
 ) -> Loss:
     """Loss of each example: on its response, or with `train_on_inputs` on all tokens after the first.
 
-    At most `batch_size` examples (fewer where they are long) are read at once, with what they all begin with in front of
-    them only once; logits are computed at label positions only. Memory does not grow with the number of examples.
+    At most `batch_size` examples (fewer where they are long) are read together, with what they all begin with in front of
+    them only once, and two such rows at once where there are two cores; logits are computed at label positions only. Memory
+    does not grow with the number of examples.
     """
     nll, count = [0.0] * len(examples), [label_tokens(x, train_on_inputs) for x in examples]
     device = next(network.parameters()).device
-    with inference(network):
-        for chunk in _chunks(network, examples, batch_size, train_on_inputs):
-            members = [examples[i] for i in chunk.members]
-            # where the beginning has labels, the token after it must be common too
-            beginning = max(0, chunk.prefix - train_on_inputs) if len(members) > 1 else 0
-            rows = collate(members, train_on_inputs, device, beginning=beginning)
+
+    def read(chunk: Chunk) -> None:
+        members = [examples[i] for i in chunk.members]
+        # where the beginning has labels, the token after it must be common too
+        beginning = max(0, chunk.prefix - train_on_inputs) if len(members) > 1 else 0
+        rows = collate(members, train_on_inputs, device, beginning=beginning)
+        with torch.inference_mode():
             states, head = said(network, rows)
-            each = token_nll(states, rows.labels, head)
-            common = beginning if train_on_inputs else 0  # labels inside the beginning, which all have
-            own = each[common:].split([count[i] - common for i in chunk.members])
-            for i, part in zip(chunk.members, own, strict=True):
-                nll[i] = (each[:common].sum() + part.sum()).item()
+            found = token_nll(states, rows.labels, head)
+        common = beginning if train_on_inputs else 0  # labels inside the beginning, which all have
+        own = found[common:].split([count[i] - common for i in chunk.members])
+        for i, part in zip(chunk.members, own, strict=True):
+            nll[i] = (found[:common].sum() + part.sum()).item()
+
+    with inference(network):
+        chunks = _chunks(network, examples, batch_size, train_on_inputs)
+        cores = torch.get_num_threads()
+        lanes = min(2, len(chunks), cores) if side_by_side(network) else 1
+        bare_head(network)  # found out while nothing else passes through the network
+        longest_first = sorted(chunks, key=lambda x: -sum(len(examples[i].input_ids) for i in x.members))
+        each(read, longest_first, lanes, threads=max(1, cores // max(1, lanes)))
     return Loss(nll, count)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from flexlora.attention import sharing
+from flexlora.attention import Between, sharing
 from flexlora.rows import Rows
 
 READ_TOKENS = 2048
@@ -33,6 +33,21 @@ def inference(network: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def side_by_side(network: nn.Module) -> bool:
+    """Whether several threads may pass through a network at once: on a processor, where a pass neither draws random numbers nor
+    changes it.
+    """
+    config: Any = network.config
+    keys = config.get_text_config().to_dict()
+    rotary = keys.get("rope_parameters") or {}
+    # One for all layers, or one for each type of them.
+    kinds = [x for x in (rotary, *rotary.values()) if isinstance(x, Mapping)]
+    changes = any(str(x.get("rope_type")) in ("dynamic", "longrope") for x in kinds)
+    draws = any(("drop" in k or "jitter" in k) and isinstance(v, (int, float)) and v > 0 for k, v in keys.items())
+    draws = draws or any(isinstance(x, nn.Dropout) and x.p > 0 for x in network.modules())
+    return next(network.parameters()).device.type == "cpu" and not draws and not changes
 
 
 @contextmanager
@@ -69,10 +84,11 @@ def _at_head(
         hook.remove()
 
 
-def said(network: nn.Module, rows: Rows) -> tuple[Tensor, nn.Linear | None]:
+def said(network: nn.Module, rows: Rows, between: Between | None = None) -> tuple[Tensor, nn.Linear | None]:
     """What the network says at the n positions `rows.keep`: (n, d) states and the output layer that makes logits of them.
 
-    Where an architecture does more to its logits (a cap, a scale) they are (n, vocabulary) logits, and None.
+    Where an architecture does more to its logits (a cap, a scale) they are (n, vocabulary) logits, and None. `between`: with the
+    other half of a row that was cut in two.
     """
     more: dict[str, Any] = {"use_cache": False}
     if rows.shared is not None:
@@ -81,7 +97,7 @@ def said(network: nn.Module, rows: Rows) -> tuple[Tensor, nn.Linear | None]:
     head = bare_head(network)
     with (
         (logits_at if head is None else states_at)(network, rows.keep),
-        sharing(rows.shared, more.get("attention_mask")),
+        sharing(rows.shared, more.get("attention_mask"), between),
     ):
         return network(input_ids=rows.input_ids, **more).logits.flatten(0, 1), head
 

@@ -19,7 +19,7 @@ from flexlora.likelihood import PIECE
 from flexlora.modeling import Model
 from flexlora.prompts import Encoded
 from flexlora.ranks import RankPlan, resolve
-from flexlora.rows import Rows, halved
+from flexlora.rows import PAIR, Rows, halved
 from flexlora.training import loss_sum
 from flexlora.types import FlexLoraError, LowRank, Ranks
 
@@ -101,18 +101,20 @@ def _training_memory(model: Model, ranks: Ranks, work: Workload) -> Memory:
 
 
 def _at_once(model: Model, work: Workload) -> list[int]:
-    """Examples in each of the lanes that train at the same time: two at most, as with two cores."""
+    """Tokens in each of the lanes that train at the same time: two at most, as with two cores."""
     example = Encoded((0,) * work.cutoff_len, 0, 0)
     examples = [example] * work.micro_batch_size
     lanes = halved(examples) if model.side_by_side else [examples]
-    return sorted(map(len, lanes))[-2:]
+    if len(examples) == 1 and work.cutoff_len >= 2 * PAIR and model.side_by_side and model.shares_rows:
+        return [work.cutoff_len // 2, work.cutoff_len - work.cutoff_len // 2]
+    return sorted(len(x) * work.cutoff_len for x in lanes)[-2:]
 
 
 def _kept(model: Model, work: Workload) -> int:
     """Bytes that autograd keeps of what is trained at the same time, and of the logits there; weights are not counted."""
     lanes = _at_once(model, work)
-    tokens = sum(lanes) * work.cutoff_len
-    ids = torch.zeros(sum(lanes), work.cutoff_len, dtype=torch.long)
+    tokens = sum(lanes)
+    ids = torch.zeros(tokens // work.cutoff_len, work.cutoff_len, dtype=torch.long)
     # The last token of an example predicts nothing; it is left in for a round figure.
     everything = torch.arange(tokens)
     own = {x.untyped_storage()._cdata for x in model.network.parameters()} | {
@@ -130,7 +132,7 @@ def _kept(model: Model, work: Workload) -> int:
         loss = loss_sum(model, Rows(ids, everything, torch.zeros(tokens, dtype=torch.long)))
     del loss
     vocabulary = len(model.network.get_output_embeddings().weight)
-    pieces = sum(min(n * work.cutoff_len, PIECE) for n in lanes) * vocabulary * 4
+    pieces = sum(min(n, PIECE) for n in lanes) * vocabulary * 4
     return sum(x.untyped_storage().nbytes() for x in held.values()) + pieces
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from flexlora import attention, blocks, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
+from flexlora.logits import side_by_side
 from flexlora.prompts import Template, load_template, templates
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
@@ -77,17 +78,13 @@ class Model:
 
     @cached_property
     def side_by_side(self) -> bool:
-        """Whether several threads may pass through the network at once: on a processor, where a pass neither draws random numbers
-        nor changes it.
-        """
-        keys = self.network.config.get_text_config().to_dict()
-        rotary = keys.get("rope_parameters") or {}
-        # One for all layers, or one for each type of them.
-        kinds = [x for x in (rotary, *rotary.values()) if isinstance(x, Mapping)]
-        changes = any(str(x.get("rope_type")) in ("dynamic", "longrope") for x in kinds)
-        draws = any(("drop" in k or "jitter" in k) and isinstance(v, (int, float)) and v > 0 for k, v in keys.items())
-        draws = draws or any(isinstance(x, nn.Dropout) and x.p > 0 for x in self.network.modules())
-        return self.device.type == "cpu" and not draws and not changes
+        """Whether several threads may pass through the network at once."""
+        return side_by_side(self.network)
+
+    @cached_property
+    def halves_rows(self) -> bool:
+        """Whether one row may pass in two halves at once; ask before several threads pass through the network."""
+        return self.side_by_side and self.shares_rows and attention.halves_rows(self.network)
 
     def pack(self, device: torch.device) -> None:
         """Hold all linear weights but the output layer's in four bits, on `device`. Raises FlexLoraError where that cannot be.

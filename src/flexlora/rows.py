@@ -1,7 +1,8 @@
 """Examples as the rows of one forward pass.
 
 Rows are padded on the right with anything: no token sees what comes after it, so there is no mask. Examples that begin
-with the same tokens (a task's definition) may stand in ONE row instead, in which the beginning is computed once.
+with the same tokens (a task's definition) may stand in ONE row instead, in which the beginning is computed once. A row
+can be cut in two, for two cores: the second half sees the first, layer by layer.
 """
 
 from __future__ import annotations
@@ -36,12 +37,19 @@ class Tokens(Protocol):
 
 
 class Shared(NamedTuple):
-    """How several sequences with a common beginning lie in one row: the beginning, then what each has of its own."""
+    """How several sequences with a common beginning lie in one row: the beginning, then what each has of its own.
+
+    Of a row that was cut in two, `halves` says how either half lies.
+    """
 
     beginning: int
-    """Tokens, at least one."""
+    """Tokens; none only where all follow others."""
     own: tuple[int, ...]
     """Tokens of each sequence after the beginning, in the order of the row."""
+    before: int = 0
+    """Tokens in front of the beginning, which all see and which are not in the row: the first ones of the half that leads."""
+    cut_off: int = 0
+    """Tokens of the first sequence that are not in the row either: the last ones of that half."""
 
     def parts(self) -> list[slice]:
         """Where each sequence's own tokens lie in the row."""
@@ -50,15 +58,17 @@ class Shared(NamedTuple):
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """(1, length): where each token stands in its own sequence."""
-        parts = [(0, self.beginning), *((self.beginning, n) for n in self.own)]
+        start = self.before + self.beginning
+        parts = [(self.before, self.beginning), *((start + self.cut_off * (not i), n) for i, n in enumerate(self.own))]
         return torch.cat([torch.arange(a, a + n, device=device) for a, n in parts])[None]
 
     def mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """(1, 1, length, length) bool: which tokens (last) each token (third) sees."""
+        """(1, 1, length, before + cut_off + length) bool: which tokens (last) each token (third) sees."""
         sizes = torch.tensor([self.beginning, *self.own], device=device)
         whose = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
         seen = (whose[None] == whose[:, None]) | (whose == 0)[None]
-        return seen.tril_()[None, None]
+        first = (whose == 1)[:, None].expand(-1, self.cut_off)
+        return torch.cat([seen.new_ones(len(whose), self.before), first, seen.tril_()], 1)[None, None]
 
 
 class Rows(NamedTuple):
@@ -129,6 +139,36 @@ def _one_row(examples: Sequence[Tokens], beginning: int, train_on_inputs: bool, 
         weights[:common] = len(examples)
     shared = Shared(beginning, tuple(len(x.input_ids) - beginning for x in examples))
     return Rows(ids, positions, targets, shared, weights)
+
+
+def halves(rows: Rows) -> list[Rows]:
+    """One row, cut in the middle for two cores: the second half follows the first and sees of it what its tokens saw.
+
+    As it is where there are several rows or fewer than 2 · `PAIR` tokens. One half may be without labels.
+    """
+    length = rows.input_ids.shape[1]
+    if len(rows.input_ids) > 1 or length < 2 * PAIR:
+        return [rows]
+    beginning, own, *_ = rows.shared or Shared(length, ())
+    cut = length // 2
+    seen = min(cut, beginning)
+    ends = list(itertools.accumulate(own, initial=beginning))
+    whole = max(0, bisect.bisect_right(ends, cut) - 1)  # sequences in front of the cut
+    cut_off = cut - ends[whole] if cut > beginning else 0
+    lead = (*own[:whole], cut_off) if cut_off else own[:whole]
+    follow = (own[whole] - cut_off, *own[whole + 1 :]) if own else ()
+    label = int(torch.searchsorted(rows.keep, cut))
+    weights = (None, None) if rows.weights is None else (rows.weights[:label], rows.weights[label:])
+    return [
+        Rows(rows.input_ids[:, :cut], rows.keep[:label], rows.labels[:label], Shared(seen, lead), weights[0]),
+        Rows(
+            rows.input_ids[:, cut:],
+            rows.keep[label:] - cut,
+            rows.labels[label:],
+            Shared(beginning - seen, follow, seen, cut_off),
+            weights[1],
+        ),
+    ]
 
 
 def _sent(device: torch.device | str, *parts: Tensor) -> list[Tensor]:

@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from flexlora.adapted import Factors, dropout_from
+from flexlora.attention import Between
 from flexlora.cores import each
 from flexlora.likelihood import negative_log_likelihood
 from flexlora.logits import bare_head, said
 from flexlora.modeling import Model, scaling
 from flexlora.randomness import derive, generator
-from flexlora.rows import LANE, Rows, Tokens, collate, common_beginning, fill, halved, label_tokens
+from flexlora.rows import LANE, Rows, Tokens, collate, common_beginning, fill, halved, halves, label_tokens
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
 
 MAX_GRAD_NORM = 1.0
@@ -30,9 +31,9 @@ GROUP = 8
 """Batches that group_by_length sorts together: lengths are alike inside a batch, order and company stay random."""
 
 
-def loss_sum(model: Model, rows: Rows) -> Tensor:
-    """Negative log likelihood in nats, summed over the labels of one pass."""
-    states, head = said(model.network, rows)
+def loss_sum(model: Model, rows: Rows, between: Between | None = None) -> Tensor:
+    """Negative log likelihood in nats, summed over the labels of one pass, or of one half of a row."""
+    states, head = said(model.network, rows, between)
     return negative_log_likelihood(states, rows.labels, rows.weights, head)
 
 
@@ -95,15 +96,16 @@ def train_client(
     tails = _Tails(model.factors(), rule.prune) if rule.prune else None
     optimizer = _optimizer(model.trainable(), training)
     losses: list[float] = []
-    bare_head(model.network)  # while nothing else passes through it
+    # Found out while nothing else passes through the network.
+    bare_head(model.network)
+    cut = torch.get_num_threads() > 1 and model.halves_rows
     try:
         with _seeded(model, derive(task.seed, "dropout")):
             for step, chosen in enumerate(steps):
                 count = sum(labels[i] for i in chosen)
                 if count:
-                    losses.append(
-                        _backward(model, [examples[i] for i in chosen], count, training, derive(task.seed, step))
-                    )
+                    batch = [examples[i] for i in chosen]
+                    losses.append(_backward(model, batch, count, training, derive(task.seed, step), cut))
                 if tails:
                     tails.penalty().backward()
                 _step(optimizer, learning_rate(step, len(steps), training))
@@ -129,12 +131,15 @@ def train_client(
     return ClientUpdate(task.client, float(len(examples)), adapter, scaling=scales, metrics=metrics)
 
 
-def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining, seed: int) -> float:
+def _backward(
+    model: Model, chosen: Sequence[Tokens], count: int, training: LocalTraining, seed: int, cut: bool
+) -> float:
     """Add the gradients of one batch, pass after pass; returns its loss.
 
     Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
     row, and dropout's draw for the beginning; no more than micro_batch_size examples of their own would hold, or one lane, and
     no more than two lanes (a mask is of the row's length squared). Otherwise micro_batch_size examples of like lengths go together.
+    Where there are two cores each takes half of the examples, or, where rows may be `cut`, half of what is one row.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
     inputs, most = training.train_on_inputs, training.micro_batch_size
@@ -148,11 +153,11 @@ def _backward(model: Model, chosen: Sequence[Tokens], count: int, training: Loca
         passes = [halved(cut) if model.side_by_side else [cut] for cut in cuts]
     total = torch.zeros((), device=model.device)
     for a, parts in enumerate(passes):
-        lanes = [
-            _Lane(collate(part, inputs, model.device, beginning=beginning), generator(seed, "dropout", a, i))
-            for i, part in enumerate(parts)
-        ]
-        total += _add_gradients(model, [x for x in lanes if len(x.rows.labels)])
+        rows = [collate(part, inputs, model.device, beginning=beginning) for part in parts]
+        rows = [x for x in rows if len(x.labels)]
+        if len(rows) == 1 and cut:
+            rows = halves(rows[0])
+        total += _add_gradients(model, [_Lane(x, generator(seed, "dropout", a, i)) for i, x in enumerate(rows)])
     # Only now: what goes back through a network in float16 would be too small for it.
     for leaf in model.trainable():
         if leaf.grad is not None:
@@ -171,10 +176,11 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
 
     They are summed in the order of the lanes, so that it does not matter by one bit which is done first.
     """
+    between = Between() if any(x.rows.shared and x.rows.shared.before for x in lanes) else None
 
     def loss_of(lane: _Lane) -> Tensor:
         with dropout_from(lane.draws):
-            return loss_sum(model, lane.rows)
+            return loss_sum(model, lane.rows, between)
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
     if min(cores, len(lanes)) < 2:
@@ -186,8 +192,13 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
     leaves = model.trainable()
 
     def gradients(lane: _Lane) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        loss = loss_of(lane)
-        return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+        try:
+            loss = loss_of(lane)
+            return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+        except BaseException as error:
+            if between:
+                between.end(error)
+            raise
 
     for loss, found in each(gradients, lanes, threads=max(1, cores // len(lanes))):
         total += loss
