@@ -150,6 +150,10 @@ def test_a_half_that_waits_for_one_that_failed_fails() -> None:
         waiting = pool.submit(between.hear, "keys", 1)
         between.end(failed)
         assert waiting.exception(timeout=10) is failed
+    told = attention.Between()
+    told.tell("keys", 1, ())
+    told.end(failed)
+    assert told.hear("keys", 1) == ()  # what was told before counts
     with pytest.raises(ValueError, match="out of luck"):
         between.tell("keys", 2, ())
 

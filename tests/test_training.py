@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -348,7 +349,7 @@ def test_lanes_side_by_side_change_nothing(
     assert (difference(one.adapter, whole.adapter) < 1e-5) is (dropout == 0.0)
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("precision", "dropout"), [("float32", 0.0), ("float32", 0.3), ("bfloat16", 0.0)])
 @pytest.mark.parametrize("train_on_inputs", [False, True])
 @pytest.mark.parametrize("examples", [make_examples(7)[:1], with_beginning(20)], ids=["one", "shared"])
 def test_halves_of_a_row_side_by_side_change_nothing(
@@ -357,9 +358,11 @@ def test_halves_of_a_row_side_by_side_change_nothing(
     train_on_inputs: bool,
     examples: list[Example],
     precision: str,
+    dropout: float,
 ) -> None:
+    """Nor does dropout, which one core draws for a whole row as two would for its halves."""
     model = load_model(str(tiny_model(tmp_path)), precision=precision)
-    more = {"batch_size": 7, "micro_batch_size": 7, "train_on_inputs": train_on_inputs}
+    more = {"batch_size": 7, "micro_batch_size": 7, "train_on_inputs": train_on_inputs, "dropout": dropout}
     training = replace(TRAINING, **more, optimizer="sgd", learning_rate=0.5, warmup=0)
     task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
     ways: list[list[int]] = []
@@ -387,23 +390,58 @@ def test_halves_of_a_row_side_by_side_change_nothing(
     assert one.metrics["last_loss"] == pytest.approx(two.metrics["last_loss"], abs=near)
 
 
-def test_what_ends_one_half_of_a_row_ends_the_client(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_half_that_never_begins_ends_the_first(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
+    monkeypatch.setattr(rows_module, "PAIR", 2)
+    begin, begun, before = ThreadPoolExecutor.submit, [], torch.get_num_threads()
+
+    def submit(*given: Any, **more: Any) -> Any:
+        begun.append(1)
+        if len(begun) == 2:
+            raise RuntimeError("can't start new thread")
+        return begin(*given, **more)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            train_client(model, task, examples)
+    finally:
+        torch.set_num_threads(before)
+    assert all(x.term is None for x in model._layers.values())
+
+
+def test_a_core_that_is_taken_away_meanwhile_does_not_matter(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
+    monkeypatch.setattr(rows_module, "PAIR", 2)
+    before, outcomes = torch.get_num_threads(), []
+    try:
+        for left in (2, 1):
+            torch.set_num_threads(2)
+            outcomes.append(train_client(model, task, examples, progress=lambda *_, n=left: torch.set_num_threads(n)))
+    finally:
+        torch.set_num_threads(before)
+    assert difference(outcomes[0].adapter, outcomes[1].adapter) < 1e-5
+
+
+@pytest.mark.parametrize("place", ["_parts_back", "_in_parts"])
+def test_what_ends_one_half_of_a_row_ends_the_client(model: Model, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The other half does not wait for it for ever, and the next client is none the worse."""
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)
-    back, before = attention._parts_back, torch.get_num_threads()
+    back, before = getattr(attention, place), torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         good = train_client(model, task, examples)
         for of_the_second in (True, False):
 
             def fails(*given: Any, of_the_second: bool = of_the_second) -> Any:
-                if bool(given[6]) is of_the_second:
+                if bool(given[6 if place == "_parts_back" else 3]) is of_the_second:
                     raise RuntimeError("no memory")
                 return back(*given)
 
             with monkeypatch.context() as patch:
-                patch.setattr(attention, "_parts_back", fails)
+                patch.setattr(attention, place, fails)
                 with pytest.raises(RuntimeError, match="no memory"):
                     train_client(model, task, examples)
             assert difference(train_client(model, task, examples).adapter, good.adapter) == 0.0
@@ -419,9 +457,26 @@ def test_what_ends_one_half_of_a_row_ends_the_client(model: Model, monkeypatch: 
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, True),
     ],
 )
-def test_networks_that_draw_or_change_train_one_pass_at_a_time(model: Model, keys: dict[str, Any], alone: bool) -> None:
+def test_networks_that_draw_or_change_train_one_pass_at_a_time(
+    model: Model, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], alone: bool
+) -> None:
+    """And neither they nor those with a window have rows that are cut."""
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": None} | keys)
-    assert Model(MistralForCausalLM(config), model.tokenizer, name="other").side_by_side is not alone
+    other = Model(MistralForCausalLM(config), model.tokenizer, name="other")
+    assert other.side_by_side is not alone
+    windowed = MistralConfig(**config.to_dict() | {"sliding_window": 3})
+    window = Model(MistralForCausalLM(windowed), model.tokenizer, name="window")
+    cut: list[int] = []
+    monkeypatch.setattr(training_module, "halves", lambda rows: cut.append(1) or [rows])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for one, expected in ((other, not alone), (window, False)):
+            cut.clear()
+            train_client(one, task_of(start_adapter(one), replace(TRAINING, epochs=1)), with_beginning(20))
+            assert bool(cut) is expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_padding_and_the_other_examples_do_not_matter(model: Model) -> None:

@@ -260,13 +260,16 @@ def _with_sparse(weight: Tensor, values: Tensor, index: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def dropout_from(source: torch.Generator) -> Iterator[None]:
-    """Have `dropped` draw from `source` in this thread, on a processor, rather than from the global generator."""
-    _draws.source = source
+def dropout_from(source: torch.Generator, second: torch.Generator | None = None, length: int = 0) -> Iterator[None]:
+    """Have `dropped` draw from `source` in this thread, on a processor, rather than from the global generator.
+
+    With a `second` one, the latter half of a row of `length` tokens is drawn from that, as if it passed by itself.
+    """
+    _draws.source, _draws.second, _draws.length = source, second, length
     try:
         yield
     finally:
-        _draws.source = None
+        _draws.source = _draws.second = None
 
 
 def dropped(x: Tensor, p: float) -> Tensor:
@@ -276,11 +279,21 @@ def dropped(x: Tensor, p: float) -> Tensor:
     """
     if x.device.type != "cpu":
         return torch.rand((x.shape[:-1].numel(), x.shape[-1]), device=x.device) < p
-    n, expected = x.numel(), x.numel() * p
+    n = x.numel()
     if type(x) is not Tensor:  # a fake one, by which memory is estimated: has no places, but room for them
-        return torch.zeros(round(expected), dtype=torch.long)
+        return torch.zeros(round(n * p), dtype=torch.long)
+    source, second = getattr(_draws, "source", None), getattr(_draws, "second", None)
+    if second is None or x.shape[:-1].numel() != _draws.length:  # experts see some of a row's tokens
+        return _places(n, p, source)
+    first = _draws.length // 2 * x.shape[-1]
+    return torch.cat([_places(first, p, source), _places(n - first, p, second).add_(first)])
+
+
+def _places(n: int, p: float, source: torch.Generator | None) -> Tensor:
+    """Numbers below n, each with probability p, ascending."""
+    expected = n * p
     few = int(expected + 6 * expected**0.5) + 8
-    at, source = torch.full((1,), -1), getattr(_draws, "source", None)
+    at = torch.full((1,), -1)
     while int(at[-1]) < n - 1:  # once is enough but once in a billion times
         gaps = torch.rand(few, generator=source).neg_().log1p_().div_(math.log1p(-p)).long().add_(1)
         at = torch.cat([at, gaps.cumsum_(0).add_(at[-1])])

@@ -10,7 +10,6 @@ A row that is cut in two passes through the network in two threads: attention is
 from __future__ import annotations
 
 import threading
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -34,37 +33,47 @@ SHORT = 384
 
 
 class Between:
-    """What the two halves of a row tell each other, attention by attention: the one that leads its keys and values, the one that
-    follows their gradients. Either may be passing through the network at the same time, or have done so.
+    """What the two halves of a row tell each other, attention by attention, while each passes in a thread of its own: the one that
+    leads its keys and values, the one that follows their gradients.
     """
 
     def __init__(self) -> None:
-        self._said: defaultdict[tuple[str, int], Future[tuple[Tensor, ...]]] = defaultdict(Future)
+        self._said: dict[tuple[str, int], Future[tuple[Tensor, ...]]] = {}
         self._ended: BaseException | None = None
         self._changing = threading.Lock()
 
     def _about(self, what: str, number: int) -> Future[tuple[Tensor, ...]]:
-        with self._changing:
+        said = self._said.get((what, number))
+        if said is None:
             if self._ended:
                 raise self._ended
-            return self._said[what, number]
-
-    def tell(self, what: str, number: int, said: tuple[Tensor, ...]) -> None:
-        self._about(what, number).set_result(said)
-
-    def hear(self, what: str, number: int) -> tuple[Tensor, ...]:
-        """What the other half told, once it has; raises what ended it."""
-        said = self._about(what, number).result()
-        del self._said[what, number]
+            said = self._said[what, number] = Future()
         return said
 
+    def tell(self, what: str, number: int, said: tuple[Tensor, ...]) -> None:
+        with self._changing:
+            self._about(what, number).set_result(said)
+
+    def hear(self, what: str, number: int) -> tuple[Tensor, ...]:
+        """What the other half told, once it has; raises what ended it before."""
+        with self._changing:
+            said = self._about(what, number)
+        heard = said.result()
+        with self._changing:
+            del self._said[what, number]
+        return heard
+
     def end(self, error: BaseException) -> None:
-        """One half failed: the other one, which may be waiting for it, fails too."""
+        """Nothing more will be told: who waits for it, or will, fails with `error`."""
         with self._changing:
             self._ended = self._ended or error
-            waiting = [x for x in self._said.values() if not x.done()]
-        for one in waiting:
-            one.set_exception(error)
+            for said in self._said.values():
+                if not said.done():
+                    said.set_exception(error)
+
+    def forget(self) -> None:
+        """Let go of what was told and of what ended it, whose traceback holds a whole pass."""
+        self._said, self._ended = {}, None
 
 
 class _Passing(threading.local):

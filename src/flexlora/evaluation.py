@@ -81,8 +81,9 @@ def loss(
     with inference(network):
         chunks = _chunks(network, examples, batch_size, train_on_inputs)
         cores = torch.get_num_threads()
-        lanes = min(2, len(chunks), cores) if side_by_side(network) else 1
-        bare_head(network)  # found out while nothing else passes through the network
+        # Found out while nothing else passes through the network; where its logits are not bare a row makes them all.
+        alike = side_by_side(network) and bare_head(network) is not None
+        lanes = min(2, len(chunks), cores) if alike else 1
         longest_first = sorted(chunks, key=lambda x: -sum(len(examples[i].input_ids) for i in x.members))
         each(read, longest_first, lanes, threads=max(1, cores // max(1, lanes)))
     return Loss(nll, count)

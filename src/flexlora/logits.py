@@ -93,7 +93,9 @@ def said(network: nn.Module, rows: Rows, between: Between | None = None) -> tupl
     more: dict[str, Any] = {"use_cache": False}
     if rows.shared is not None:
         device = rows.input_ids.device
-        more |= {"position_ids": rows.shared.positions(device), "attention_mask": rows.shared.mask(device)}
+        # Half a row attends without its mask, which is but a sign that the layer makes none of its own.
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool) if between else rows.shared.mask(device)
+        more |= {"position_ids": rows.shared.positions(device), "attention_mask": mask}
     head = bare_head(network)
     with (
         (logits_at if head is None else states_at)(network, rows.keep),

@@ -96,10 +96,10 @@ def train_client(
     tails = _Tails(model.factors(), rule.prune) if rule.prune else None
     optimizer = _optimizer(model.trainable(), training)
     losses: list[float] = []
-    # Found out while nothing else passes through the network.
-    bare_head(model.network)
-    cut = torch.get_num_threads() > 1 and model.halves_rows
     try:
+        # Found out while nothing else passes through the network.
+        bare_head(model.network)
+        cut = model.halves_rows
         with _seeded(model, derive(task.seed, "dropout")):
             for step, chosen in enumerate(steps):
                 count = sum(labels[i] for i in chosen)
@@ -139,7 +139,8 @@ def _backward(
     Where the examples begin alike (a task's definition), as many as fit into micro_batch_size · cutoff_len tokens share a
     row, and dropout's draw for the beginning; no more than micro_batch_size examples of their own would hold, or one lane, and
     no more than two lanes (a mask is of the row's length squared). Otherwise micro_batch_size examples of like lengths go together.
-    Where there are two cores each takes half of the examples, or, where rows may be `cut`, half of what is one row.
+    Where there are two cores each takes half of the examples, or, where rows may be `cut`, half of what is one row. Dropout draws the
+    same on one core.
     """
     chosen = sorted(chosen, key=lambda x: -len(x.input_ids))
     inputs, most = training.train_on_inputs, training.micro_batch_size
@@ -155,9 +156,13 @@ def _backward(
     for a, parts in enumerate(passes):
         rows = [collate(part, inputs, model.device, beginning=beginning) for part in parts]
         rows = [x for x in rows if len(x.labels)]
-        if len(rows) == 1 and cut:
-            rows = halves(rows[0])
-        total += _add_gradients(model, [_Lane(x, generator(seed, "dropout", a, i)) for i, x in enumerate(rows)])
+        pair = halves(rows[0]) if len(rows) == 1 and cut else rows
+        draws = [generator(seed, "dropout", a, i) for i in range(len(pair))]
+        if len(pair) > len(rows) and torch.get_num_threads() < 2:
+            lanes = [_Lane(rows[0], draws[0], draws[1])]
+        else:
+            lanes = [_Lane(x, draw) for x, draw in zip(pair, draws, strict=True)]
+        total += _add_gradients(model, lanes)
     # Only now: what goes back through a network in float16 would be too small for it.
     for leaf in model.trainable():
         if leaf.grad is not None:
@@ -169,21 +174,25 @@ class _Lane(NamedTuple):
     rows: Rows
     draws: torch.Generator
     """What dropout on a processor draws from: lanes may run side by side."""
+    second: torch.Generator | None = None
+    """What the second half of a row draws from that could be cut and is not."""
 
 
 def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
     """Add to the gradients those of one pass, lane by lane, side by side where there are cores; returns its summed loss.
 
-    They are summed in the order of the lanes, so that it does not matter by one bit which is done first.
+    They are summed in the order of the lanes, so that it does not matter by one bit which is done first. Halves of a row always
+    pass side by side, as they wait for each other.
     """
     between = Between() if any(x.rows.shared and x.rows.shared.before for x in lanes) else None
 
     def loss_of(lane: _Lane) -> Tensor:
-        with dropout_from(lane.draws):
+        length = lane.rows.input_ids.shape[1]
+        with dropout_from(lane.draws, lane.second, length):
             return loss_sum(model, lane.rows, between)
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
-    if min(cores, len(lanes)) < 2:
+    if len(lanes) < 2 or (cores < 2 and not between):
         for lane in lanes:
             loss = loss_of(lane)
             loss.backward()
@@ -194,13 +203,24 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
     def gradients(lane: _Lane) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         try:
             loss = loss_of(lane)
-            return loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+            found = loss.detach(), torch.autograd.grad(loss, leaves, allow_unused=True)
+            if between and lane is lanes[-1]:
+                between.end(RuntimeError("the second half of a row had no gradient for the first"))
+            return found
         except BaseException as error:
             if between:
                 between.end(error)
             raise
 
-    for loss, found in each(gradients, lanes, threads=max(1, cores // len(lanes))):
+    workers = max(cores, 2) if between else cores
+    try:
+        each_lane = each(
+            gradients, lanes, workers, threads=max(1, cores // len(lanes)), stop=between.end if between else None
+        )
+    finally:
+        if between:
+            between.forget()
+    for loss, found in each_lane:
         total += loss
         for leaf, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
