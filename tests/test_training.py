@@ -464,7 +464,8 @@ def test_networks_that_draw_or_change_train_one_pass_at_a_time(
     config = MistralConfig(**model.network.config.to_dict() | {"model_type": "mistral", "sliding_window": None} | keys)
     other = Model(MistralForCausalLM(config), model.tokenizer, name="other")
     assert other.side_by_side is not alone
-    windowed = MistralConfig(**config.to_dict() | {"sliding_window": 3})
+    other_keys: dict[str, Any] = config.to_dict() | {"sliding_window": 3}
+    windowed = MistralConfig(**other_keys)
     window = Model(MistralForCausalLM(windowed), model.tokenizer, name="window")
     cut: list[int] = []
     monkeypatch.setattr(training_module, "halves", lambda rows: cut.append(1) or [rows])
