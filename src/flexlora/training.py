@@ -181,8 +181,8 @@ class _Lane(NamedTuple):
 def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
     """Add to the gradients those of one pass, lane by lane, side by side where there are cores; returns its summed loss.
 
-    They are summed in the order of the lanes, so that it does not matter by one bit which is done first. Halves of a row always
-    pass side by side, as they wait for each other.
+    They are summed in the order of the lanes, so that it does not matter by one bit which is done first. Halves of a row need two
+    cores, as they wait for each other.
     """
     between = Between() if any(x.rows.shared and x.rows.shared.before for x in lanes) else None
 
@@ -192,7 +192,7 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
             return loss_sum(model, lane.rows, between)
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
-    if len(lanes) < 2 or (cores < 2 and not between):
+    if min(cores, len(lanes)) < 2:
         for lane in lanes:
             loss = loss_of(lane)
             loss.backward()
@@ -212,15 +212,12 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
                 between.end(error)
             raise
 
-    workers = max(cores, 2) if between else cores
     try:
-        each_lane = each(
-            gradients, lanes, workers, threads=max(1, cores // len(lanes)), stop=between.end if between else None
-        )
+        done = each(gradients, lanes, threads=max(1, cores // len(lanes)), stop=between.end if between else None)
     finally:
         if between:
             between.forget()
-    for loss, found in each_lane:
+    for loss, found in done:
         total += loss
         for leaf, gradient in zip(leaves, found, strict=True):
             if gradient is not None:
