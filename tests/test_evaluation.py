@@ -67,9 +67,12 @@ def test_two_rows_are_read_at_once_where_there_are_cores_and_a_pass_changes_noth
     hook = network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
     before, found = torch.get_num_threads(), []
     try:
-        for cores, alike, expected in ((1, True, 1), (2, True, 2), (5, True, 2), (2, False, 1)):
+        cases = ((1, True, True, 1), (2, True, True, 2), (5, True, True, 2), (2, False, True, 1), (2, True, False, 1))
+        for cores, alike, bare, expected in cases:
             torch.set_num_threads(cores)
             monkeypatch.setattr(evaluation, "side_by_side", lambda _, alike=alike: alike)
+            # where logits are not bare a row makes them all: two would hold twice as many
+            monkeypatch.setattr(evaluation, "bare_head", lambda _, bare=bare: object() if bare else None)
             threads.clear()
             found.append(loss(network, examples, batch_size=2))
             assert len(threads) <= expected

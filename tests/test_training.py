@@ -411,6 +411,23 @@ def test_a_second_half_that_never_begins_ends_the_first(model: Model, monkeypatc
     assert all(x.term is None for x in model._layers.values())
 
 
+def test_a_gradient_that_the_second_half_never_sends_is_not_waited_for(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
+    monkeypatch.setattr(rows_module, "PAIR", 2)
+    tell, before = attention.Between.tell, torch.get_num_threads()
+    monkeypatch.setattr(
+        attention.Between, "tell", lambda self, what, *more: None if what == "gradients" else tell(self, what, *more)
+    )
+    try:
+        torch.set_num_threads(2)
+        with pytest.raises(RuntimeError, match="no gradient for the first"):
+            train_client(model, task, examples)
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_core_that_is_taken_away_meanwhile_does_not_matter(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)

@@ -151,7 +151,7 @@ def _backward(
         passes = [[part] for part in fill(chosen, beginning, room)]
     else:
         cuts = [chosen[a : a + most] for a in range(0, len(chosen), most)]
-        passes = [halved(cut) if model.side_by_side else [cut] for cut in cuts]
+        passes = [halved(x) if model.side_by_side else [x] for x in cuts]
     total = torch.zeros((), device=model.device)
     for a, parts in enumerate(passes):
         rows = [collate(part, inputs, model.device, beginning=beginning) for part in parts]
@@ -187,8 +187,7 @@ def _add_gradients(model: Model, lanes: Sequence[_Lane]) -> Tensor:
     between = Between() if any(x.rows.shared and x.rows.shared.before for x in lanes) else None
 
     def loss_of(lane: _Lane) -> Tensor:
-        length = lane.rows.input_ids.shape[1]
-        with dropout_from(lane.draws, lane.second, length):
+        with dropout_from(lane.draws, lane.second, lane.rows.input_ids.shape[1]):
             return loss_sum(model, lane.rows, between)
 
     total, cores = torch.zeros((), device=model.device), torch.get_num_threads()
