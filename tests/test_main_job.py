@@ -497,6 +497,24 @@ def test_one_client_a_round_is_told_unless_it_was_asked_for(tiny, tmp_path: Path
     ]
 
 
+def test_what_bfloat16_would_spare_is_told_where_it_does(tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    large = tiny_model(tmp_path / "large", hidden_size=256, num_hidden_layers=1)
+    told: list[tuple[str, str, str]] = []
+
+    def note(event: str, facts: Any) -> None:
+        if event == "note" and "--precision" in facts["text"]:
+            told.append((processor, size, precision))
+
+    for processor, flags in {"native": "fma avx512_bf16 amx_tile", "amx": "amx_bf16", "none": "avx2 fma"}.items():
+        monkeypatch.setattr("flexlora.processor._described", lambda flags=flags: f"flags : {flags}\n")
+        for size, folder in {"tiny": tiny[0], "large": large}.items():
+            for precision in ("auto", "float32", "bfloat16"):
+                keys = {"rounds": 1, "eval_every": 0, "validation_examples": 1, "precision": precision}
+                name = f"{processor}-{size}-{precision}"
+                run(config((folder, tiny[1]), tmp_path, name=name, participation=0.2, **keys), note)
+    assert told == [("native", "large", "auto"), ("amx", "large", "auto")]
+
+
 def test_the_next_step_of_personal_models_is_one_that_they_can_take(tiny, tmp_path: Path, command) -> None:
     words = ["--data", str(tiny[1]), "--participation", "0.5", "--rounds", "1", "--method", "fedsa"]
     folder = tmp_path / "personal"

@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from flexlora import attention, blocks, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
 from flexlora.logits import side_by_side
+from flexlora.processor import multiplies_bfloat16
 from flexlora.prompts import Template, load_template, templates
 from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LARGE = 256
+"""Hidden size from which bfloat16 pays on a processor that multiplies it by itself (docs/log.md)."""
 
 Scaling = Literal["alpha_over_r", "rslora"]
 
@@ -109,6 +112,14 @@ class Model:
     @property
     def hidden_size(self) -> int:
         return self.network.config.get_text_config().hidden_size
+
+    @property
+    def faster_in_bfloat16(self) -> bool:
+        """Whether it is in float32 on a processor where its training would be faster in bfloat16: products decide that, and of a
+        tiny model they are too small."""
+        weight = next(self.network.parameters())
+        alike = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        return alike and self.hidden_size >= LARGE and multiplies_bfloat16()
 
     @property
     def has_chat_template(self) -> bool:

@@ -11,10 +11,24 @@ from pathlib import Path
 
 def made_by_intel() -> bool:
     """Whether MKL, with which torch multiplies, is at its best here; assumed where there is no telling."""
+    said = _described()
+    return "GenuineIntel" in said if said else True
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor has instructions for products in bfloat16: with AVX512-BF16 or AMX they take a fifth to a third of
+    the time of float32, without them far more than it. Told by the processor, never by a stopwatch: every process of every
+    run on one machine computes alike."""
+    return any(name in _described() for name in ("avx512_bf16", "amx_bf16"))
+
+
+@functools.cache
+def _described() -> str:
+    """What Linux says of the processor; nothing elsewhere."""
     try:
-        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
-        return True
+        return ""
 
 
 def settle() -> None:
