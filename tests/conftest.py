@@ -1,5 +1,6 @@
 """Settings for all tests: one thread a process, so that workers side by side do not slow one another down; what several files share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,13 @@ from console import Command, Done
 torch.set_num_threads(1)
 settings.register_profile("flexlora", deadline=None, derandomize=True)
 settings.load_profile("flexlora")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """However many threads a test asks for, the next one begins with one."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

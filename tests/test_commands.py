@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -16,6 +15,7 @@ from unittest.mock import MagicMock
 import pytest
 import yaml
 
+from console import Command
 from flexlora import ranks, rundir, tracking
 from flexlora.cli import app, main
 from flexlora.config import Config
@@ -25,8 +25,6 @@ from flexlora.spectrum import advised_ranks, spectra
 from flexlora.trained import standing_at
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
-
-Command = Callable[..., tuple[str, str, int]]
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +52,6 @@ def several(folder: Path) -> Path:
     return tiny_federation(folder / "S", 4, test=2)
 
 
-@pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Command:
-    def call(*words: str) -> tuple[str, str, int]:
-        capsys.readouterr()
-        code = 0
-        try:
-            main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        said, complaint = capsys.readouterr()
-        return said, complaint, code
-
-    return call
-
-
 # --- trackers ----------------------------------------------------------------------------------------------------------
 
 
@@ -89,8 +72,10 @@ def test_figures_of_a_round_are_flat_and_have_names_that_every_tracker_takes() -
     client = {"bytes_up": 10, "bytes_down": 20}
     line = {"train_loss": 2.5, "validation": {"loss": 2.0}, "eval": {"rougeL": 0.5, "per_category": {}}}
     line |= {"clients": [client, client], "failed": [{}], "energy": {"16+48": 0.25}, "seconds": {"train": 3.0}}
+    line |= {"eval_best": {"round": 1, "rougeL": 0.75, "per_category": {}}}
     assert tracking.figures(line) == {
-        "train/loss": 2.5, "validation/loss": 2.0, "eval/rougeL": 0.5, "energy/16_48": 0.25, "seconds/train": 3.0,
+        "train/loss": 2.5, "validation/loss": 2.0, "eval/rougeL": 0.5, "eval_best/round": 1, "eval_best/rougeL": 0.75,
+        "energy/16_48": 0.25, "seconds/train": 3.0,
         "clients/answered": 2, "clients/failed": 1, "traffic/bytes_up": 20, "traffic/bytes_down": 40,
     }  # fmt: skip
 
@@ -153,12 +138,12 @@ def test_trackers_are_checked_before_anything_is_written(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    _, said, code = command("run", "--data", "D", "--track", "notebook")
+    code, _, said = command("run", "--data", "D", "--track", "notebook")
     assert (said, code) == (
         "flexlora: track: 'notebook' is no tracker; choose from tensorboard, wandb, mlflow, trackio\n", 2
     )  # fmt: skip
     monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None)
-    _, said, code = command("run", "--data", "D", "--track", "tensorboard,mlflow")
+    code, _, said = command("run", "--data", "D", "--track", "tensorboard,mlflow")
     assert (said, code) == ("flexlora: track: tensorboard is not installed; pip install tensorboard\n", 2)
     assert not list(tmp_path.iterdir())
 
@@ -173,16 +158,16 @@ def test_answers_from_a_file_are_those_of_single_prompts(
     table = tmp_path / "asked.jsonl"
     table.write_text("".join(json.dumps({"instruction": a, "input": b}) + "\n" for a, b in asked))
     target, most = str(run.folder), ("--max_new_tokens", "5")
-    said, _, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"), *most)
+    code, said, _ = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"), *most)
     assert code == 0
     assert "3 answers" in said
     assert f"next: flexlora evaluate {target} --data" in said
     answers = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [(a["instruction"], a["input"]) for a in answers] == asked
-    single = [command("generate", target, "--prompt", a, "--input", b, *most)[0].strip("\n") for a, b in asked]
+    single = [command("generate", target, "--prompt", a, "--input", b, *most).said.strip("\n") for a, b in asked]
     assert [a["answer"] for a in answers] == single
     assert any(single)
-    said, _, _ = command("generate", target, "--file", str(table), *most)
+    _, said, _ = command("generate", target, "--file", str(table), *most)
     shown = said.splitlines()
     assert [line for line in shown if line.startswith("> ")] == [
         "> Say a word.",
@@ -190,8 +175,8 @@ def test_answers_from_a_file_are_those_of_single_prompts(
         "> Reverse the list. dog, cat",
     ]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nSay a word.\n\nSay a word.\n"))
-    assert command("generate", target, *most)[0] == f"{single[0]}\n" * 2
-    _, said, code = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"))
+    assert command("generate", target, *most).said == f"{single[0]}\n" * 2
+    code, _, said = command("generate", target, "--file", str(table), "--out", str(tmp_path / "a.jsonl"))
     assert code == 2
     assert "exists already; choose another --out" in said
 
@@ -204,7 +189,7 @@ def test_the_end_of_input_ends_the_questions(command: Command, run: Run, monkeyp
             return True
 
     monkeypatch.setattr(sys, "stdin", Terminal("Say a word.\n"))
-    said, complaint, code = command("generate", str(run.folder), "--max_new_tokens", "2")
+    code, said, complaint = command("generate", str(run.folder), "--max_new_tokens", "2")
     assert (complaint, code) == ("", 0)
     assert said.count("> ") == 2
 
@@ -240,7 +225,7 @@ def test_cards_tell_method_data_scores_and_privacy(command: Command, run: Run, t
         (("--client", "0"), False, "What client 0 runs."),
     ):
         out = tmp_path / "-".join(("e", *words))
-        assert command("export", str(run.folder), *words, "--out", str(out))[2] == 0
+        assert command("export", str(run.folder), *words, "--out", str(out)).code == 0
         text = (out / "README.md").read_text()
         front = yaml.safe_load(text.split("---\n")[1])
         assert front["base_model"] == run.config.model
@@ -256,7 +241,7 @@ def test_cards_tell_method_data_scores_and_privacy(command: Command, run: Run, t
 
 def test_advised_ranks_are_a_file_for_the_next_run(command: Command, run: Run, tmp_path: Path) -> None:
     path = tmp_path / "enough.yaml"
-    said, _, code = command("inspect", str(run.folder), "--energy", "0.9", "--out", str(path))
+    code, said, _ = command("inspect", str(run.folder), "--energy", "0.9", "--out", str(path))
     assert code == 0
     assert f"next: flexlora run --ranks {path}" in said
     plan = ranks.read_plan(str(path), lora_r=8, hidden_size=32)
@@ -265,11 +250,11 @@ def test_advised_ranks_are_a_file_for_the_next_run(command: Command, run: Run, t
     found, _ = ranks.resolve(plan.types[plan.type_of(3, seed=1)], shapes)
     assert found == advised_ranks(spectra(run), 0.9)
     assert len(set(found.values())) > 1
-    assert command("inspect", str(run.folder), "--out", str(path))[2] == 2
+    assert command("inspect", str(run.folder), "--out", str(path)).code == 2
 
 
 def test_scores_as_json_are_those_of_the_predictions(command: Command, run: Run, tmp_path: Path) -> None:
-    said, _, _ = command(
+    _, said, _ = command(
         "evaluate", str(run.folder), "--data", str(run.config.data), "--examples", "3", "--json",
         "--predictions", str(tmp_path / "p.jsonl"),
     )  # fmt: skip
@@ -282,7 +267,7 @@ def test_scores_as_json_are_those_of_the_predictions(command: Command, run: Run,
 def test_one_of_several_federations_is_scored(command: Command, run: Run, several: Path, tmp_path: Path) -> None:
     words = ("evaluate", str(run.folder), "--data", str(several), "--split", "test", "--json", "--num_clients")
     for clients, examples in (("2", 2), ("4", 8)):
-        said, _, _ = command(*words, clients, "--predictions", str(tmp_path / "p.jsonl"))
+        _, said, _ = command(*words, clients, "--predictions", str(tmp_path / "p.jsonl"))
         assert json.loads(said)["examples"] == examples
 
 
@@ -300,7 +285,7 @@ def test_a_disk_that_refuses_at_the_end_is_one_line(
         ("out", ("generate", str(run.folder), "--file", str(tmp_path / "q.txt"), "--max_new_tokens", "2")),
         ("out", ("inspect", str(run.folder))),
     ):
-        _, complaint, code = command(*words, f"--{option}", str(path))
+        code, _, complaint = command(*words, f"--{option}", str(path))
         assert code == 2
         assert complaint.endswith(
             f"flexlora: {path}: cannot be written: No space left on device; choose another --{option}\n"
@@ -311,10 +296,10 @@ def test_inspecting_data_draws_only_when_asked(
     command: Command, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    said, _, _ = command("data", "inspect", str(run.config.data))
+    _, said, _ = command("data", "inspect", str(run.config.data))
     assert "picture" not in said
     assert not list(tmp_path.iterdir())
-    said, _, _ = command("data", "inspect", str(run.config.data), "--picture", "d.svg")
+    _, said, _ = command("data", "inspect", str(run.config.data), "--picture", "d.svg")
     assert "picture: d.svg" in said
     assert (tmp_path / "d.svg").read_text().startswith("<svg")
 
@@ -357,7 +342,7 @@ def test_errors_are_one_line_that_names_the_next_step(
         place = str(place)
         words, line = words.replace(name, place), line.replace(name, place)
     before = sorted(run.folder.parent.iterdir())
-    said, complaint, code = command(*words.split())
+    code, said, complaint = command(*words.split())
     assert (said, code) == ("", 2)
     assert line in complaint
     assert complaint.count("\n") == 1
@@ -373,7 +358,7 @@ def test_errors_are_one_line_that_names_the_next_step(
     + [("demo",), ("methods",), ("flower", "init")], ids=" ".join,
 )  # fmt: skip
 def test_help_has_an_example(command: Command, words: tuple[str, ...]) -> None:
-    said, _, _ = command(*words, "--help")
+    _, said, _ = command(*words, "--help")
     _, _, after = said.partition("For example:")
     examples = [line.strip() for line in after.splitlines() if line.strip().startswith("flexlora ")]
     assert any(f"{example} ".startswith(f"flexlora {' '.join(words)} ") for example in examples)
@@ -381,7 +366,7 @@ def test_help_has_an_example(command: Command, words: tuple[str, ...]) -> None:
 
 
 def test_a_sweep_takes_every_key_without_listing_it(command: Command) -> None:
-    said, _, _ = command("sweep", "--help")
+    _, said, _ = command("sweep", "--help")
     assert "--learning_rate" not in said
     known = {name for argument in app["sweep"].assemble_argument_collection() for name in argument.names}
     assert {f"--{key}" for key in Config.model_fields} <= known
@@ -389,7 +374,7 @@ def test_a_sweep_takes_every_key_without_listing_it(command: Command) -> None:
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
 def test_bash_completes_commands_options_and_choices(command: Command, tmp_path: Path) -> None:
-    script, _, _ = command("completion", "bash")
+    _, script, _ = command("completion", "bash")
     (tmp_path / "script").write_text(script)
     asked = {
         "re": {"report", "resume"},

@@ -20,7 +20,7 @@ from flexlora.methods import get_method
 from flexlora.randomness import generator
 from flexlora.rundir import Run, create_run, read_metrics, with_rounds
 from flexlora.standing import Setup, Standing, first_standing, last_standing
-from flexlora.tables import outcome
+from flexlora.tables import outcome, rounds_table
 from flexlora.types import (
     ClientFailure,
     ClientInfo,
@@ -342,6 +342,10 @@ def test_the_best_round_is_scored_when_the_run_ends(tmp_path: Path) -> None:
     assert last.adapter_round == 2
     assert last.line(2)["eval"] == each.line(2)["eval"]
     assert last.line(3)["eval"] == {}
+    shown, best = rounds_table(last), last.line(2)["eval"]
+    assert [list(column.cells) for column in shown.columns[3:5]] == [
+        ["–", f"{best[key]:.3f}", "–", "–", f"{last.line(5)['eval'][key]:.3f}"] for key in ("loss", "rougeL")
+    ]
     stopped = played(tmp_path / "stopped", 5, early_stop=True, patience=2)
     assert len(stopped.metrics) == 4
     assert stopped.metrics[-1]["eval_best"] == last.metrics[-1]["eval_best"]

@@ -65,7 +65,7 @@ def test_two_rows_are_read_at_once_where_there_are_cores_and_a_pass_changes_noth
     network, examples = tiny[0], some_examples(11)
     threads: set[int] = set()
     hook = network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
-    before, found = torch.get_num_threads(), []
+    found = []
     try:
         cases = ((1, True, True, 1), (2, True, True, 2), (5, True, True, 2), (2, False, True, 1), (2, True, False, 1))
         for cores, alike, bare, expected in cases:
@@ -80,7 +80,6 @@ def test_two_rows_are_read_at_once_where_there_are_cores_and_a_pass_changes_noth
             assert torch.get_num_threads() == cores
     finally:
         hook.remove()
-        torch.set_num_threads(before)
     assert all(x.sums == pytest.approx(found[0].sums, rel=1e-5) for x in found)
 
 
@@ -179,6 +178,13 @@ def test_rouge_l_takes_composed_and_decomposed_letters_as_one():
     for prediction in ("cafe\u0301", "café"):  # an ASCII reference: rouge-score as it is
         plain = RougeScorer(["rougeL"], use_stemmer=True).score("cafe", prediction)["rougeL"].fmeasure
         assert rouge_l(["cafe"], prediction) == plain
+
+
+def test_an_accent_is_the_same_however_it_is_encoded() -> None:
+    assert exact_match(["Caf\u00e9!"], "cafe\u0301")
+    assert exact_match(["cafe\u0301"], "CAF\u00c9")
+    assert not exact_match(["cafe"], "caf\u00e9")
+    assert exact_match(["\u00bf\u0304"], "\u00bf\u0304 ")
 
 
 def test_exact_match():

@@ -500,3 +500,27 @@ def test_the_folder_of_init_is_a_configuration_and_its_keys_are_secret(tmp_path:
         assert word in text
     with pytest.raises(FlexLoraError, match="exists already"):
         write_folder(tmp_path / "fed")
+
+
+@pytest.mark.parametrize(
+    ("host", "listens", "reached"),
+    [
+        ("localhost", "127.0.0.1", "localhost"),
+        ("127.0.0.1", "127.0.0.1", "127.0.0.1"),
+        ("::1", "::1", "[::1]"),
+        ("2001:db8::7", "::", "[2001:db8::7]"),
+        ("192.0.2.7", "0.0.0.0", "192.0.2.7"),
+    ],
+)
+def test_an_address_of_any_kind_is_written_as_flower_takes_it(
+    tmp_path: Path, host: str, listens: str, reached: str
+) -> None:
+    import tomllib
+
+    folder = tmp_path / "fed"
+    write_folder(folder, 1, host, 9000)
+    text = (folder / "README.md").read_text()
+    assert f"flower-superlink --host {listens} --port 9000 " in text
+    assert f"flower-supernode --superlink {reached}:9000 " in text
+    home = tomllib.loads((folder / "home" / "config.toml").read_text())
+    assert home["superlink"]["prod"]["address"] == f"{reached}:9000"

@@ -191,8 +191,6 @@ def check_against_this_process(runner: PoolRunner, config: Config, folder: Path)
 
 
 def test_workers_give_the_bits_of_this_process_though_one_is_killed(tiny: tuple[Path, Path], tmp_path: Path) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     config = config_of(tiny, workers=2)
     runner = worker_runner(config, tmp_path / "there", range(4), config.local_training(1, "chat"))
     try:
@@ -204,7 +202,6 @@ def test_workers_give_the_bits_of_this_process_though_one_is_killed(tiny: tuple[
         assert victim not in pids
     finally:
         runner.close()
-        torch.set_num_threads(threads)
     assert all(slot.process.returncode is not None for slot in slots)
 
 

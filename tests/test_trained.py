@@ -264,7 +264,7 @@ def test_a_damaged_or_hostile_word_about_an_adapter_is_one_line(
     refused(done, "adapter/prompt_template.json" if '"prompt_template.json"' in text else "adapter/flexlora.json")
 
 
-def test_a_client_with_more_tokens_than_a_model_has_positions_ends_no_run(data: Path, tmp_path: Path) -> None:
+def test_more_tokens_than_a_model_has_positions_are_refused(data: Path, tmp_path: Path, command: Command) -> None:
     """OPT's positions are learned: beyond the last one its embedding raises IndexError."""
     config, targets = ARCHITECTURES["opt"]
     short = type(config)(**{**config.to_dict(), "max_position_embeddings": 250})
@@ -274,9 +274,21 @@ def test_a_client_with_more_tokens_than_a_model_has_positions_ends_no_run(data: 
     path = mine / "3" / "local_training_1.json"
     path.write_text(json.dumps([{**record, "input": "x" * 280} for record in json.loads(path.read_text())]))
     keys = {**FAST, "model": str(tmp_path / "model"), "data": mine, "output_dir": tmp_path}
-    (line,) = play(Config(**keys, lora_target_modules=tuple(targets.split(",")))).metrics
-    assert [client["id"] for client in line["clients"]] == [0, 2]
-    assert [(client["id"], client["failed"].split(":")[0]) for client in line["failed"]] == [(1, "IndexError")]
+    keys |= {"lora_target_modules": tuple(targets.split(",")), "cutoff_len": 251}
+    model = keys["model"]
+    message = f"cutoff_len: 251 are more tokens than {model} has positions; lower --cutoff_len to 250 or less"
+    with pytest.raises(FlexLoraError) as caught:
+        play(Config(**keys))
+    assert str(caught.value) == message
+    assert not (tmp_path / "r").exists()
+    (line,) = play(Config(**{**keys, "cutoff_len": 250})).metrics
+    assert not line["failed"]
+    assert [client.get("cut_examples", 0) for client in line["clients"]] == [0, 4, 0]
+    # What was trained is asked within them too, and a bare model by its own limit.
+    done = command("generate", tmp_path / "r", "--prompt", "x" * 400, "--max_new_tokens", 3)
+    assert done.code == 0, done.error
+    done = command("evaluate", model, "--data", mine, "--examples", 1, "--max_new_tokens", 2)
+    assert done.code == 0, done.error
 
 
 # --- what one client runs -----------------------------------------------------------------------------------------------

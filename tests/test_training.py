@@ -25,7 +25,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from flexlora import attention
+from flexlora import attention, blockwise
 from flexlora import rows as rows_module
 from flexlora import training as training_module
 from flexlora.logits import bare_head
@@ -231,7 +231,8 @@ def test_a_common_beginning_is_computed_once_and_changes_nothing(
         train_on_inputs=train_on_inputs,
     )
     task = task_of(start_adapter(model), training, base_delta=start_adapter(model, [2], seed=4))
-    bare_head(model.network)  # passes one token to find out, once
+    assert bare_head(model.network)  # passes a token to find out, once
+    assert model.halves_rows  # and this one four
     tokens: list[int] = []
     watch = model.network.get_input_embeddings().register_forward_hook(lambda _, x, __: tokens.append(x[0].numel()))
     outcomes = []
@@ -327,7 +328,7 @@ def test_lanes_side_by_side_change_nothing(
     task, examples = task_of(start_adapter(model), training), make_examples(7)
     threads: set[int] = set()
     watch = model.network.get_input_embeddings().register_forward_hook(lambda *_: threads.add(threading.get_ident()))
-    before, outcomes = torch.get_num_threads(), []
+    outcomes = []
     try:
         monkeypatch.setattr(rows_module, "PAIR", 8)
         monkeypatch.setattr(rows_module, "LANE", 8)
@@ -341,7 +342,6 @@ def test_lanes_side_by_side_change_nothing(
         whole = train_client(model, task, examples)
     finally:
         watch.remove()
-        torch.set_num_threads(before)
     one, two, three, again = outcomes
     assert difference(two.adapter, again.adapter) == 0.0
     assert difference(one.adapter, two.adapter) < 1e-5
@@ -371,14 +371,11 @@ def test_halves_of_a_row_side_by_side_change_nothing(
     monkeypatch.setattr(
         training_module, "halves", lambda rows: ways.append([len(x.labels) for x in cut(rows)]) or cut(rows)
     )
-    before, outcomes = torch.get_num_threads(), []
-    try:
-        for cores in (1, 2, 2, 3):
-            torch.set_num_threads(cores)
-            outcomes.append(train_client(model, task, examples))
-            assert torch.get_num_threads() == cores
-    finally:
-        torch.set_num_threads(before)
+    outcomes = []
+    for cores in (1, 2, 2, 3):
+        torch.set_num_threads(cores)
+        outcomes.append(train_client(model, task, examples))
+        assert torch.get_num_threads() == cores
     one, two, again, three = outcomes
     assert ways
     assert all(len(labels) == 2 for labels in ways)
@@ -393,7 +390,7 @@ def test_halves_of_a_row_side_by_side_change_nothing(
 def test_a_second_half_that_never_begins_ends_the_first(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)
-    begin, begun, before = ThreadPoolExecutor.submit, [], torch.get_num_threads()
+    begin, begun = ThreadPoolExecutor.submit, []
 
     def submit(*given: Any, **more: Any) -> Any:
         begun.append(1)
@@ -402,12 +399,9 @@ def test_a_second_half_that_never_begins_ends_the_first(model: Model, monkeypatc
         return begin(*given, **more)
 
     monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(RuntimeError, match="can't start new thread"):
-            train_client(model, task, examples)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        train_client(model, task, examples)
     assert all(x.term is None for x in model._layers.values())
 
 
@@ -416,54 +410,45 @@ def test_a_gradient_that_the_second_half_never_sends_is_not_waited_for(
 ) -> None:
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)
-    tell, before = attention.Between.tell, torch.get_num_threads()
+    tell = attention.Between.tell
     monkeypatch.setattr(
         attention.Between, "tell", lambda self, what, *more: None if what == "gradients" else tell(self, what, *more)
     )
-    try:
-        torch.set_num_threads(2)
-        with pytest.raises(RuntimeError, match="no gradient for the first"):
-            train_client(model, task, examples)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    with pytest.raises(RuntimeError, match="no gradient for the first"):
+        train_client(model, task, examples)
 
 
 def test_a_core_that_is_taken_away_meanwhile_does_not_matter(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)
-    before, outcomes = torch.get_num_threads(), []
-    try:
-        for left in (2, 1):
-            torch.set_num_threads(2)
-            outcomes.append(train_client(model, task, examples, progress=lambda *_, n=left: torch.set_num_threads(n)))
-    finally:
-        torch.set_num_threads(before)
+    outcomes = []
+    for left in (2, 1):
+        torch.set_num_threads(2)
+        outcomes.append(train_client(model, task, examples, progress=lambda *_, n=left: torch.set_num_threads(n)))
     assert difference(outcomes[0].adapter, outcomes[1].adapter) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["_parts_back", "_in_parts"])
+@pytest.mark.parametrize("place", ["gradients", "attention"])
 def test_what_ends_one_half_of_a_row_ends_the_client(model: Model, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     """The other half does not wait for it for ever, and the next client is none the worse."""
     task, examples = task_of(start_adapter(model), replace(TRAINING, batch_size=7)), with_beginning(20)
     monkeypatch.setattr(rows_module, "PAIR", 2)
-    back, before = getattr(attention, place), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        good = train_client(model, task, examples)
-        for of_the_second in (True, False):
+    back = getattr(blockwise, place)
+    torch.set_num_threads(2)
+    good = train_client(model, task, examples)
+    for of_the_second in (True, False):
 
-            def fails(*given: Any, of_the_second: bool = of_the_second) -> Any:
-                if bool(given[6 if place == "_parts_back" else 3]) is of_the_second:
-                    raise RuntimeError("no memory")
-                return back(*given)
+        def fails(*given: Any, of_the_second: bool = of_the_second) -> Any:
+            if bool(given[5 if place == "gradients" else 3]) is of_the_second:
+                raise RuntimeError("no memory")
+            return back(*given)
 
-            with monkeypatch.context() as patch:
-                patch.setattr(attention, place, fails)
-                with pytest.raises(RuntimeError, match="no memory"):
-                    train_client(model, task, examples)
-            assert difference(train_client(model, task, examples).adapter, good.adapter) == 0.0
-    finally:
-        torch.set_num_threads(before)
+        with monkeypatch.context() as patch:
+            patch.setattr(blockwise, place, fails)
+            with pytest.raises(RuntimeError, match="no memory"):
+                train_client(model, task, examples)
+        assert difference(train_client(model, task, examples).adapter, good.adapter) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -486,15 +471,11 @@ def test_networks_that_draw_or_change_train_one_pass_at_a_time(
     window = Model(MistralForCausalLM(windowed), model.tokenizer, name="window")
     cut: list[int] = []
     monkeypatch.setattr(training_module, "halves", lambda rows: cut.append(1) or [rows])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        for one, expected in ((other, not alone), (window, False)):
-            cut.clear()
-            train_client(one, task_of(start_adapter(one), replace(TRAINING, epochs=1)), with_beginning(20))
-            assert bool(cut) is expected
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    for one, expected in ((other, not alone), (window, False)):
+        cut.clear()
+        train_client(one, task_of(start_adapter(one), replace(TRAINING, epochs=1)), with_beginning(20))
+        assert bool(cut) is expected
 
 
 def test_padding_and_the_other_examples_do_not_matter(model: Model) -> None:

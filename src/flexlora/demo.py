@@ -71,7 +71,8 @@ def demo(
         done = launch(config, notify)
     federation = open_federation(data, None)
     own = [record for client in federation.clients for record in federation.test(client)]
-    best = next(line for line in done.metrics if line["round"] == done.best_round)
+    assert done.best_round is not None
+    best = done.line(done.best_round)
     trained = open_trained(str(done.folder))
     blocks: dict[str, Mapping[str, Scores]] = {}
     with console.status("generating answers") as status:

@@ -141,7 +141,7 @@ class _UnicodeWords:
 
     def tokenize(self, text: str) -> list[str]:
         words, inside = [], False
-        for c in unicodedata.normalize("NFC", text).lower():
+        for c in _composed(text).lower():
             alone = bool(self._alone.match(c))
             goes_on = inside and (unicodedata.category(c)[0] == "M" or c in "\u200c\u200d")
             part = not alone and (c.isalnum() or goes_on)
@@ -161,7 +161,7 @@ def _scorers() -> tuple[Any, Any]:
 
 
 def _beyond_ascii(text: str) -> bool:
-    return any(c.isalnum() and not c.isascii() for c in unicodedata.normalize("NFC", text))
+    return any(c.isalnum() and not c.isascii() for c in _composed(text))
 
 
 def rouge_l(references: Sequence[str], prediction: str) -> float:
@@ -178,16 +178,23 @@ def rouge_l(references: Sequence[str], prediction: str) -> float:
 
 
 def _normal(text: str) -> str:
-    return " ".join(text.lower().translate(str.maketrans("", "", string.punctuation)).split())
+    return " ".join(_composed(text).lower().translate(str.maketrans("", "", string.punctuation)).split())
+
+
+def _composed(text: str) -> str:
+    """The same text whichever way its accents are written."""
+    return unicodedata.normalize("NFC", text)
 
 
 def exact_match(references: Sequence[str], prediction: str) -> bool:
-    """Whether the prediction is one of the references but for case, ASCII punctuation and white space.
+    """Whether the prediction is one of the references but for case, ASCII punctuation, white space and how accents are encoded.
 
     A reference of punctuation only (a sign, a face) has to be met as it is.
     """
     return any(
-        _normal(prediction) == _normal(reference) if _normal(reference) else prediction.strip() == reference.strip()
+        _normal(prediction) == _normal(reference)
+        if _normal(reference)
+        else _composed(prediction).strip() == _composed(reference).strip()
         for reference in references
     )
 

@@ -17,7 +17,7 @@ from flexlora.client import load
 from flexlora.collection import Notify
 from flexlora.config import Config, make_config
 from flexlora.engine import run_rounds, taken_up
-from flexlora.launch import mechanism_of, method_of, refuse_few, template_name
+from flexlora.launch import mechanism_of, method_of, refuse_few, refuse_long, template_name
 from flexlora.modeling import load_adapter, save_adapter
 from flexlora.prompts import load_template
 from flexlora.ranks import RankPlan
@@ -56,6 +56,7 @@ def serve(grid: Any, run_config: Mapping[str, Any], notify: Notify | None = None
         refuse_few(config, config.num_clients)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)
+    refuse_long(config, model)
     shapes, base, hidden_size = model.shapes, model.fingerprint, model.hidden_size
     template = template_name(config, model)
     words = wording(load_template(template), model.tokenizer)

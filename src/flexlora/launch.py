@@ -316,6 +316,15 @@ def check_schedule(config: Config, federation: Federation) -> None:
         federation.train(client)
 
 
+def refuse_long(config: Config, model: Model) -> None:
+    """Raise FlexLoraError where an example may have more tokens than the model has positions."""
+    if model.positions and config.cutoff_len > model.positions:
+        raise FlexLoraError(
+            f"cutoff_len: {config.cutoff_len} are more tokens than {config.model} has positions; "
+            f"lower --cutoff_len to {model.positions} or less"
+        )
+
+
 @contextmanager
 def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]:
     """Check the configuration, open the data, load the model; cheap checks first. Closes the runner in the end."""
@@ -348,6 +357,7 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     check_schedule(config, federation)
     notify("note", {"text": f"loading {config.model}"})
     model = load(config)
+    refuse_long(config, model)
     if config.precision == "auto" and model.faster_in_bfloat16:
         text = "this processor multiplies bfloat16 faster than float32: --precision bfloat16 trains sooner, to much the same losses"
         notify("note", {"text": text})

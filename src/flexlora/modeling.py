@@ -122,6 +122,15 @@ class Model:
         return alike and self.hidden_size >= LARGE and multiplies_bfloat16()
 
     @property
+    def positions(self) -> int | None:
+        """Tokens of a sequence at most, where positions are learned, one vector each (GPT-2, OPT); None where they are computed."""
+        most = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
+        words = self.network.get_input_embeddings()
+        tables = [x for x in self.network.modules() if isinstance(x, nn.Embedding) and x is not words]
+        # Some tables have a few more rows, for padding.
+        return most if most and any(0 <= x.num_embeddings - most <= 8 for x in tables) else None
+
+    @property
     def has_chat_template(self) -> bool:
         return self.tokenizer.chat_template is not None
 

@@ -40,6 +40,9 @@ def _table(*columns: str, title: str | None = None) -> Table:
 def rounds_table(run: Run) -> Table:
     """One row a round of one run; it fits 80 columns. Columns in which nothing happened are left out."""
     lines, base = run.metrics, run.base
+    best = run.best_round
+    # The best round may have got its held-out scores when the run ended.
+    lines = [run.line(best) if line["round"] == best else line for line in lines]
     scored, failed = any(line["eval"] for line in lines), any(line["failed"] for line in lines)
     held_out = ("held-out\nloss", "held-out\nROUGE-L") if scored else ()
     table = _table(
@@ -58,7 +61,6 @@ def rounds_table(run: Run) -> Table:
 
     if base:
         table.add_row("base", "–", *scores(base))
-    best = run.best_round
     for line in lines:
         kinds = Counter(c["ranks"] for c in line["clients"])
         traffic = sum(c["bytes_up"] + c["bytes_down"] for c in line["clients"]) / 1e6

@@ -32,7 +32,8 @@ def refuse_missing(names: Sequence[str]) -> None:
 def figures(line: Mapping[str, Any]) -> dict[str, float]:
     """The figures of one line of metrics.jsonl or of base.json, flat, under names that every tracker takes."""
     found: dict[str, Any] = {"train/loss": line.get("train_loss")}
-    for part, keys in {"validation": ("loss",), "eval": ("rougeL", "loss", "exact_match")}.items():
+    scores = ("rougeL", "loss", "exact_match")
+    for part, keys in {"validation": ("loss",), "eval": scores, "eval_best": ("round", *scores)}.items():
         found |= {f"{part}/{key}": (line.get(part) or {}).get(key) for key in keys}
     for part in ("energy", "seconds"):
         found |= {f"{part}/{key}": value for key, value in (line.get(part) or {}).items()}

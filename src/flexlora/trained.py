@@ -102,6 +102,8 @@ def _open_run(run: Run, changes: Mapping[str, Any], rank: int | None, client: in
 
 def _trained(model: Model, config: Config, adapter: Mapping[str, LowRank]) -> Trained:
     model.attach(adapter)
+    most = min(config.cutoff_len, model.positions or config.cutoff_len)
+    config = config.model_copy(update={"cutoff_len": most})
     return Trained(model, config, adapter, load_template(template_name(config, model)))
 
 
@@ -149,6 +151,7 @@ def score(trained: Trained, records: Sequence[Record], progress: Any = None) -> 
 def _prompt(trained: Trained, record: Record) -> list[int]:
     config = trained.config
     length = max(config.cutoff_len, config.max_new_tokens + 1024)
+    length = min(length, trained.model.positions or length)
     return list(encode_prompt(record, trained.template, trained.model.tokenizer, length, config.max_new_tokens))
 
 

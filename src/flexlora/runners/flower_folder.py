@@ -158,6 +158,7 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
 
 def _write_parts(root: Path, folder: Path, sites: int, host: str, port: int) -> None:
     """The parts of the folder that stands in `root` now and in `folder` at the end."""
+    place = f"[{host}]" if ":" in host else host  # an IPv6 address beside a port stands in brackets
     app = root / "app" / "flexlora_app"
     app.mkdir(parents=True)
     runs = folder / "runs"
@@ -175,7 +176,7 @@ def _write_parts(root: Path, folder: Path, sites: int, host: str, port: int) -> 
     home = root / "home"
     home.mkdir()
     (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "prod"\n\n[superlink.prod]\naddress = "{host}:{port}"\n'
+        f'[superlink]\ndefault = "prod"\n\n[superlink.prod]\naddress = "{place}:{port}"\n'
         f'root-certificates = "{folder / "server" / "ca.crt"}"\n',
         encoding="utf-8",
     )
@@ -183,12 +184,12 @@ def _write_parts(root: Path, folder: Path, sites: int, host: str, port: int) -> 
         f"flwr supernode register {folder}/sites/site-{number}/key.pub prod --name site-{number}"
         for number in range(sites)
     )
-    nodes = "\n".join(NODE.format(host=host, port=port, own=9094 + number, number=number) for number in range(sites))
+    nodes = "\n".join(NODE.format(host=place, port=port, own=9094 + number, number=number) for number in range(sites))
     text = README.format(
         sites=sites,
-        host=host,
+        host=place,
         port=port,
-        bind="127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0",
+        bind=_listens(host),
         folder=folder,
         runs=runs,
         register=register,
@@ -196,6 +197,13 @@ def _write_parts(root: Path, folder: Path, sites: int, host: str, port: int) -> 
         smollm2=gguf.VERSION,
     )
     (root / "README.md").write_text(text, encoding="utf-8")
+
+
+def _listens(host: str) -> str:
+    """Where a server listens that is reached at `host`: on this machine alone, or on all its addresses of that kind."""
+    if ":" in host:
+        return "::1" if ipaddress.ip_address(host).is_loopback else "::"
+    return "127.0.0.1" if host in ("localhost", "127.0.0.1") else "0.0.0.0"
 
 
 def _is_host(host: str) -> bool:
