@@ -203,7 +203,7 @@ def test_values_may_be_of_another_size_than_keys() -> None:
     """As with latent attention (DeepSeek)."""
     draw, shared = torch.Generator().manual_seed(0), Shared(5, (3, 1, 4))
     q, k, _ = as_networks_have_them(draw, 13, (4, 2, 2), 16)
-    assert_shared_attention([q, k, *as_networks_have_them(draw, 13, (2,) * 3, 12)[:1]], shared, draw, 2e-6)
+    assert_shared_attention([q, k, *as_networks_have_them(draw, 13, (2, 2, 2), 12)[:1]], shared, draw, 2e-6)
 
 
 @given(

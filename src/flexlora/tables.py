@@ -42,7 +42,7 @@ def rounds_table(run: Run) -> Table:
     lines, base = run.metrics, run.base
     best = run.best_round
     # The best round may have got its held-out scores when the run ended.
-    lines = [run.line(best) if line["round"] == best else line for line in lines]
+    lines = [run.line(line["round"]) if line["round"] == best else line for line in lines]
     scored, failed = any(line["eval"] for line in lines), any(line["failed"] for line in lines)
     held_out = ("held-out\nloss", "held-out\nROUGE-L") if scored else ()
     table = _table(
