@@ -21,9 +21,9 @@ from flexlora.products import empty
 from flexlora.rows import Shared
 
 ROWS = 96
-"""Queries of a block at most."""
-SCORES = 2**19
-"""Scores of a block at most, over all heads: they stay in a processor's cache."""
+"""Queries of a block at most: in smaller ones less is computed in vain, but every block has a dozen small operations."""
+SCORES = 2**20
+"""Scores of a block at most, over all heads: there may be fewer queries for it."""
 
 
 class Block(NamedTuple):
