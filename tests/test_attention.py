@@ -218,26 +218,22 @@ def test_blocks_are_the_row_once_and_see_what_its_mask_says(
 ) -> None:
     follows = bool(own) and beginning == 0
     shared = Shared(beginning + (not own), tuple(own), before, cut_off * follows)
-    length = shared.beginning + sum(own)
-    lead = shared.before + 7 + shared.cut_off  # sequences of others in between
-    expected = torch.zeros(length, lead + length, dtype=torch.bool)
-    mask = shared.mask()[0, 0]
-    expected[:, : shared.before] = mask[:, : shared.before]
-    expected[:, lead - shared.cut_off :] = mask[:, shared.before :]
+    expected = shared.mask()[0, 0]
     found, at = torch.zeros_like(expected), 0
-    for block in blockwise.blocks(shared, heads):
+    for block in blockwise.blocks(shared, 3 * heads, 3):
         assert (block.rows.start, at) == (at, block.rows.start)
         at = block.rows.stop
-        assert at - block.rows.start <= blockwise.ROWS
-        places = [torch.arange(lead)[x] for x in block.before] + [lead + torch.arange(length)[x] for x in block.own]
-        columns = torch.cat(places)
+        assert 0 < at - block.rows.start <= blockwise.ROWS
+        columns = torch.cat([torch.arange(x.start, x.stop) for x in block.keys])
+        assert len(columns.unique()) == len(columns)
         seen = torch.ones(at - block.rows.start, len(columns), dtype=torch.bool)
         if block.hidden is not None:
-            seen[:, -block.hidden.shape[1] :] = block.hidden == 0
-            assert set(block.hidden.unique().tolist()) <= {0.0, -torch.inf}
-        assert len(columns.unique()) == len(columns)
+            hidden = block.hidden.unflatten(0, (-1, 3))  # for each of a key head's three heads
+            assert all(torch.equal(hidden[:, i], hidden[:, 0]) for i in range(3))
+            assert set(hidden.unique().tolist()) <= {0.0, -torch.inf}
+            seen[:, -hidden.shape[2] :] = hidden[:, 0] == 0
         found[block.rows.start : at, columns] = seen
-    assert at == length
+    assert at == len(expected)
     assert torch.equal(found, expected)
 
 

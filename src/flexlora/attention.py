@@ -10,7 +10,7 @@ A row that is cut in two passes through the network in two threads: attention is
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -161,26 +161,41 @@ class _Attention(torch.autograd.Function):
             before = half.between.hear("keys", half.number)
         elif half:
             half.between.tell("keys", half.number, (k, v))
-        ctx.scale = q.shape[-1] ** -0.5 if scale is None else scale
+        ctx.shared, ctx.half, ctx.scale = shared, half, q.shape[-1] ** -0.5 if scale is None else scale
         # A fake tensor, by which memory is estimated, keeps what a real one keeps, and attends to nothing.
-        ctx.plan = blocks(shared, q.shape[1]) if type(q) is Tensor else []
-        y = blockwise.attention(q, k, v, before, ctx.plan, ctx.scale)
+        ctx.plan = blocks(shared, q.shape[1], q.shape[1] // k.shape[1]) if type(q) is Tensor else []
+        y = blockwise.attention(q, *_with_front(k, v, before, shared), ctx.plan, ctx.scale)
         ctx.save_for_backward(q, k, v, y, *before)
-        ctx.half = half
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         q, k, v, y, *before = ctx.saved_tensors
+        shared: Shared = ctx.shared
         half: _Half | None = ctx.half
-        dq, dk, dv, *theirs = blockwise.gradients(grad, q, k, v, y, before, ctx.plan, ctx.scale)
-        if half and theirs:
-            half.between.tell("gradients", half.number, tuple(theirs))
+        keys, values = _with_front(k, v, before, shared)
+        dq, *found = blockwise.gradients(grad, q, keys, values, y, ctx.plan, ctx.scale)
+        front = shared.before + shared.cut_off
+        dk, dv = (x[:, :, front:] for x in found)
+        if half and before:
+            theirs = tuple(torch.zeros(x.shape, dtype=dk.dtype) for x in before)
+            for total, x in zip(theirs, found, strict=True):
+                total[:, :, : shared.before] += x[:, :, : shared.before]
+                total[:, :, total.shape[2] - shared.cut_off :] += x[:, :, shared.before : front]
+            half.between.tell("gradients", half.number, theirs)
         elif half:
             for total, x in zip((dk, dv), half.between.hear("gradients", half.number), strict=True):
                 total += x
         return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+
+
+def _with_front(k: Tensor, v: Tensor, before: Sequence[Tensor], shared: Shared) -> list[Tensor]:
+    """Keys and values of a row, behind those of the half `before` it that any of its tokens sees."""
+    if not before:
+        return [k, v]
+    cut = before[0].shape[2] - shared.cut_off
+    return [torch.cat([x[:, :, : shared.before], x[:, :, cut:], y], 2) for x, y in zip(before, (k, v), strict=True)]
 
 
 def use(network: Any) -> None:

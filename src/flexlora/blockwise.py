@@ -30,132 +30,120 @@ class Block(NamedTuple):
     """Some tokens of a row and what they see."""
 
     rows: slice
-    before: tuple[slice, ...]
-    """Keys in front of the row."""
-    own: tuple[slice, ...]
-    """Keys of the row, ascending."""
+    keys: tuple[slice, ...]
+    """Of all keys, those in front of the row first."""
     hidden: Tensor | None
-    """(tokens, n) float32, 0 or -inf: what is added to the scores of the last n of all these keys."""
+    """(heads that have a key head in common · tokens, n) float32, 0 or -inf: what is added to the scores of the last n keys."""
 
 
 @functools.lru_cache(maxsize=16)
-def blocks(shared: Shared, heads: int) -> list[Block]:
-    """How the tokens of a row attend that lies as `shared` says; the same for every layer."""
-    starts = list(itertools.accumulate(shared.own, initial=shared.beginning))
-    length, front = starts[-1], shared.before + shared.cut_off
-    most = max(16, min(ROWS, SCORES // (heads * (front + length))))
+def blocks(shared: Shared, heads: int, each: int) -> list[Block]:
+    """How the tokens of a row attend that lies as `shared` says, in all layers of `heads`, `each` to a key head."""
+    ends = list(itertools.accumulate(shared.own, initial=shared.beginning))
+    found: list[Block] = []
     with torch.inference_mode(False):
-        sizes = torch.tensor([shared.beginning, *shared.own])
-        whose = torch.arange(len(sizes)).repeat_interleave(sizes)
-        found: list[Block] = []
+        mask = shared.mask()[0, 0]
+        length, keys = mask.shape
+        most = max(16, min(ROWS, SCORES // (heads * keys)))
         at = 0
         while at < length:
             # A block ends where a sequence does if that is near: fewer scores are thrown away.
-            near = [end for end in starts if at + most // 2 < end <= at + most]
+            near = [end for end in ends if at + most // 2 < end <= at + most]
             rows = slice(at, max(near, default=min(at + most, length)))
-            found.append(_block(shared, whose, rows, [x for x in starts[:-1] if x <= at]))
+            columns = mask[rows].any(0).nonzero().flatten()
+            runs = columns.tensor_split((columns.diff() > 1).nonzero().flatten() + 1)
+            seen = mask[rows, columns]
+            some = (~seen).any(0).nonzero().flatten().tolist()
+            hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, some[0] :] if some else None
+            places = tuple(slice(int(run[0]), int(run[-1]) + 1) for run in runs)
+            found.append(Block(rows, places, None if hidden is None else hidden.repeat_interleave(each, 0)))
             at = rows.stop
     return found
 
 
-def _block(shared: Shared, whose: Tensor, rows: slice, begun: Sequence[int]) -> Block:
-    """`whose`: number of each token's sequence, 0 for the beginning; `begun`: where those begin that do so by the block's first token."""
-    cut = shared.cut_off if not shared.own or rows.start < shared.beginning + shared.own[0] else 0
-    before = tuple(x for x, n in ((slice(shared.before), shared.before), (slice(-cut, None), cut)) if n)
-    # A sequence right behind the beginning is one with it.
-    first = max((x for x in begun if x > shared.beginning), default=0)
-    own = tuple(x for x in (slice(0, shared.beginning * (first > 0)), slice(first, rows.stop)) if x.stop)
-    keys = torch.cat([torch.arange(x.start, x.stop) for x in own])
-    tokens = torch.arange(rows.start, rows.stop)[:, None]
-    seen = (keys <= tokens) & ((whose[keys] == whose[tokens]) | (whose[keys] == 0))
-    if cut:
-        seen = torch.cat([(whose[tokens] == 1).expand(-1, cut), seen], 1)
-    some = (~seen).any(0).nonzero().flatten().tolist()
-    hidden = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)[:, some[0] :].contiguous() if some else None
-    return Block(rows, before, own, hidden)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, before: Sequence[Tensor], plan: Sequence[Block], scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, plan: Sequence[Block], scale: float) -> Tensor:
     """What the tokens attend to, (batch, heads, length, d), which lies in memory token by token.
 
-    q is (batch, heads, length, d), k and v are (batch, key heads, length, d or another); `before` is empty, or keys and values
-    (batch, key heads, any length, the same) in front of the row.
+    q is (batch, heads, length, d); k and v are (batch, key heads, keys, d or another), those in front of the row first.
     """
-    batch, heads, length, _ = q.shape
-    shape = batch, length, heads, v.shape[-1]
-    y = (empty(*shape) if q.dtype == torch.float32 else torch.empty(shape, dtype=q.dtype)).transpose(1, 2)
-    exact = _precision(q)
+    batch, groups = k.shape[:2]
+    wide, exact = _precisions(q)
+    queries, keys, values = _grouped(q, groups).to(wide), k.flatten(0, 1).to(wide), v.flatten(0, 1).to(exact)
+    y = torch.empty(*queries.shape[:2], v.shape[-1], dtype=exact)
     for block in plan:
-        keys, values = _seen(k, before[:1], block), _seen(v, before[1:], block)
-        shares = _softmax(_of(block, q, k), keys, block, scale)
-        y[:, :, block.rows] = torch.bmm(shares.to(exact), values.to(exact)).view(batch, heads, -1, v.shape[-1])
-    return y
+        of = _rows(block, q.shape[1] // groups)
+        shares = _softmax(queries[:, of], _seen(keys, block), block, scale)
+        torch.bmm(shares.to(exact), _seen(values, block), out=y[:, of])
+    return _heads(y, batch, q.shape[1], q.dtype)
 
 
 def gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    before: Sequence[Tensor],
-    plan: Sequence[Block],
-    scale: float,
-) -> list[Tensor]:
-    """Those of q, k, v and what is `before`, of the output y's; all as in `attention`, and of keys and values in float32."""
-    exact, dq = _precision(q), torch.empty_like(q)
-    totals = [torch.zeros(x.shape, dtype=_wide(q)) for x in (k, v, *before)]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, plan: Sequence[Block], scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of q, k and v, of the output y's; all as in `attention`, and of keys and values in float32."""
+    batch, groups = k.shape[:2]
+    wide, exact = _precisions(q)
+    queries, keys, values = _grouped(q, groups), k.flatten(0, 1), v.flatten(0, 1).to(exact)
+    wide_queries, wide_keys, queries, keys = queries.to(wide), keys.to(wide), queries.to(exact), keys.to(exact)
+    mean = _grouped((grad.to(wide) * y).sum(-1, keepdim=True), groups)
+    grad = _grouped(grad, groups).to(exact)
+    dq = torch.empty_like(queries)
+    dk, dv = (torch.zeros(x.shape, dtype=wide) for x in (keys, values))
     for block in plan:
-        keys, values = _seen(k, before[:1], block), _seen(v, before[1:], block)
-        queries, g = _of(block, q, k), _of(block, grad, k)
-        shares = _softmax(queries, keys, block, scale)
-        mean = (g.to(shares.dtype) * _of(block, y, k)).sum(-1, keepdim=True)
-        g, queries = g.to(exact), queries.to(exact)
-        ds = torch.bmm(g, values.to(exact).transpose(1, 2)).to(shares.dtype).sub_(mean).mul_(shares).to(exact)
-        dq[:, :, block.rows] = torch.bmm(ds, keys.to(exact)).mul_(scale).view(dq[:, :, block.rows].shape)
-        _add(totals[0::2], torch.bmm(ds.transpose(1, 2), queries), block)
-        _add(totals[1::2], torch.bmm(shares.to(exact).transpose(1, 2), g), block)
-    for total in totals[0::2]:
-        total.mul_(scale)
-    return [dq, *totals]
+        of = _rows(block, q.shape[1] // groups)
+        shares = _softmax(wide_queries[:, of], _seen(wide_keys, block), block, scale)
+        ds = torch.bmm(grad[:, of], _seen(values, block).transpose(1, 2)).to(wide)
+        ds = ds.sub_(mean[:, of]).mul_(shares).to(exact)
+        torch.bmm(ds, _seen(keys, block), out=dq[:, of])
+        _add(dk, ds, queries[:, of], block)
+        _add(dv, shares.to(exact), grad[:, of], block)
+    dq = _heads(dq, batch, q.shape[1], q.dtype).mul_(scale)
+    return dq, dk.mul_(scale).unflatten(0, (batch, groups)), dv.unflatten(0, (batch, groups))
 
 
-def _of(block: Block, x: Tensor, k: Tensor) -> Tensor:
-    """Its tokens of x (batch, heads, length, d), for one key head side by side: (batch · key heads, heads each · tokens, d)."""
-    return x[:, :, block.rows].reshape(k.shape[0] * k.shape[1], -1, x.shape[-1])
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(batch, heads, length, d) -> (batch · key heads, length · heads each, d): what has its keys in common is one matrix."""
+    x = x.unflatten(1, (groups, -1)).transpose(2, 3)
+    return x.reshape(x.shape[0] * groups, -1, x.shape[-1])
 
 
-def _seen(x: Tensor, before: Sequence[Tensor], block: Block) -> Tensor:
-    """The keys or values that it sees, (batch · key heads, n, d)."""
-    parts = [y[:, :, place] for y in before for place in block.before] + [x[:, :, place] for place in block.own]
-    return torch.cat(parts, 2).flatten(0, 1) if len(parts) > 1 else parts[0].flatten(0, 1)
+def _heads(x: Tensor, batch: int, heads: int, dtype: torch.dtype) -> Tensor:
+    """The inverse of `_grouped`, which lies in memory token by token."""
+    groups = len(x) // batch
+    x = x.view(batch, groups, -1, heads // groups, x.shape[-1]).transpose(1, 2)  # (batch, length, key heads, each, d)
+    y = empty(*x.shape) if dtype == torch.float32 else torch.empty(x.shape, dtype=dtype)
+    return y.copy_(x).flatten(2, 3).transpose(1, 2)
 
 
-def _add(totals: Sequence[Tensor], found: Tensor, block: Block) -> None:
-    """Add gradients of what it sees, (batch · key heads, n, d), to those of the row, and of what is before it."""
-    own, *before = totals
-    places = [(x, place) for x in before for place in block.before] + [(own, place) for place in block.own]
-    views = [total[:, :, place] for total, place in places]
-    parts = found.view(*own.shape[:2], *found.shape[1:]).split([x.shape[2] for x in views], 2)
-    for view, part in zip(views, parts, strict=True):
-        view += part
+def _rows(block: Block, each: int) -> slice:
+    return slice(block.rows.start * each, block.rows.stop * each)
+
+
+def _seen(x: Tensor, block: Block) -> Tensor:
+    """Of keys or values (batch · key heads, keys, d) those that it sees."""
+    parts = [x[:, place] for place in block.keys]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _add(total: Tensor, a: Tensor, b: Tensor, block: Block) -> None:
+    """Add aᵀ b to what it sees; a (batch · key heads, rows, keys seen), b (batch · key heads, rows, d)."""
+    if len(block.keys) == 1 and a.dtype == total.dtype:
+        total[:, block.keys[0]].baddbmm_(a.transpose(1, 2), b)
+        return
+    found = torch.bmm(a.transpose(1, 2), b).split([place.stop - place.start for place in block.keys], 1)
+    for place, part in zip(block.keys, found, strict=True):
+        total[:, place] += part
 
 
 def _softmax(queries: Tensor, keys: Tensor, block: Block, scale: float) -> Tensor:
-    """(batch · key heads, heads each · tokens, keys)"""
-    wide = _wide(queries)
-    a, b = queries.to(wide), keys.to(wide).transpose(1, 2)
-    scores = torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
+    """(batch · key heads, rows, keys)"""
+    scores = torch.baddbmm(queries.new_empty(()), queries, keys.transpose(1, 2), beta=0, alpha=scale)
     if block.hidden is not None:
-        tokens, n = block.hidden.shape
-        scores.view(len(scores), -1, tokens, scores.shape[-1])[..., -n:].add_(block.hidden)
+        scores[..., -block.hidden.shape[1] :].add_(block.hidden)
     return scores.softmax(-1)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _precision(x: Tensor) -> torch.dtype:
-    """In which the products are that come after the scores."""
-    return x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else _wide(x)
+def _precisions(x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Those of scores, and of the products that come after them."""
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return wide, x.dtype if x.dtype == torch.bfloat16 and multiplies_bfloat16() else wide
