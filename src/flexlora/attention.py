@@ -1,8 +1,8 @@
 """Attention over rows in which several sequences share a beginning, and in bfloat16 on a processor.
 
-Each sequence of a shared row attends to the beginning and to its own tokens, block by block (`blockwise`): one attention over
-the whole row would multiply what the mask takes away. Where a mask says who sees whom torch's kernel attends, whose way back in
-bfloat16 is slower than casts and float32 up to some length (docs/log.md has the figures).
+Each sequence of a shared row attends by itself, to the beginning and to its own tokens: one attention over the whole row
+would multiply what the mask takes away. And torch's bfloat16 kernel is slow on its way back, where it multiplies tiny blocks
+one by one: up to some length the float32 kernel is faster there, casts included (docs/log.md has the figures).
 
 A row that is cut in two passes through the network in two threads: attention is where one half needs the other.
 """
@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flexlora import blockwise
-from flexlora.blockwise import blocks
+from flexlora.products import empty
 from flexlora.rows import Shared
 
 NAME = "flexlora"
+_KERNEL = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+"""Whether torch has what `F.scaled_dot_product_attention` calls on a processor; where not, the row's mask does."""
+if _KERNEL:
+    _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 SHORT = 384
 """Tokens a sequence from which the bfloat16 kernel is as fast on its way back."""
 
@@ -106,15 +110,14 @@ def attend(
     shared, between = _passing.shared, _passing.between
     # A layer that makes a mask of its own of the row's has more to say than who sees whom.
     as_asked = attention_mask is (None if shared is None else _passing.mask)
-    training, dtype = torch.is_grad_enabled(), query.dtype
-    if as_asked and (shared or training) and _plain(module, query, key, more):
+    short, dtype = _is_short(key) and torch.is_grad_enabled(), query.dtype
+    if as_asked and (shared or short) and _plain(module, query, key, value, more):
         _passing.attentions += 1
         half = between and _Half(between, _passing.attentions)
-        lie = shared or Shared(query.shape[2], ())
-        return _Attention.apply(query, key, value, lie, half, more.get("scaling")).transpose(1, 2), None
+        return _Attention.apply(query, key, value, shared, half, more.get("scaling")).transpose(1, 2), None
     if between:
         raise RuntimeError("half a row cannot attend by a mask: `halves_rows` of the network is not so")
-    if training and _is_short(key):
+    if short:
         query, key, value = query.float(), key.float(), value.float()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.float()
@@ -124,21 +127,24 @@ def attend(
     return y.to(dtype), None
 
 
-def _is_short(key: Tensor) -> bool:
-    """Whether the way back of torch's attention to `key` (batch, heads, length, head size) is faster in float32."""
-    return key.dtype == torch.bfloat16 and key.device.type == "cpu" and key.shape[2] <= SHORT
+def _is_short(key: Tensor, length: int | None = None) -> bool:
+    """Whether the way back of attention to `key` (batch, heads, length, head size) is faster in float32."""
+    return key.dtype == torch.bfloat16 and key.device.type == "cpu" and (length or key.shape[2]) <= SHORT
 
 
-def _plain(module: Any, query: Tensor, key: Tensor, more: dict[str, Any]) -> bool:
-    """Whether it is causal attention on a processor, of all tokens and with nothing else to it."""
+def _plain(module: Any, query: Tensor, key: Tensor, value: Tensor, more: dict[str, Any]) -> bool:
+    """Whether it is causal attention that torch's kernel for a processor computes."""
     causal = more.get("is_causal")
     return (
-        query.device.type == "cpu"
+        _KERNEL
+        and query.device.type == "cpu"
         and (getattr(module, "is_causal", True) if causal is None else causal)
         and query.shape[2] == key.shape[2]
         and not more.get("dropout")
         and more.get("position_bias") is None
         and more.get("softcap") is None
+        and query.shape[-1] == value.shape[-1]
+        and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
     )
 
 
@@ -150,52 +156,111 @@ class _Half(NamedTuple):
 
 
 class _Attention(torch.autograd.Function):
-    """Causal attention, (batch, heads, length, head size) as is what it takes, of rows that lie as `shared` says, or of `half` of one."""
+    """Causal attention, (batch, heads, length, head size) as is what it takes; keys and values of as many heads as there are. With
+    `shared` it is of a row, (1, heads, length, head size), that sequences share, or of `half` of it.
+
+    Softmax over two sets of keys is the mean of the two, weighted by the sums of their exponentials: all sequences attend to
+    the beginning in one go, and each to its own tokens. The way back of either part asks for the sum over both alone, so that
+    nothing but the input, the output and these sums is kept, and no key is copied for a sequence.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared, half: _Half | None, scale: float | None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, shared: Shared | None, half: _Half | None, scale: float | None
     ) -> Tensor:
         before: tuple[Tensor, ...] = ()
-        if half and shared.before:
+        if half and shared and shared.before:
             before = half.between.hear("keys", half.number)
         elif half:
             half.between.tell("keys", half.number, (k, v))
-        ctx.shared, ctx.half, ctx.scale = shared, half, q.shape[-1] ** -0.5 if scale is None else scale
-        # A fake tensor, by which memory is estimated, keeps what a real one keeps, and attends to nothing.
-        ctx.plan = blocks(shared, q.shape[1], q.shape[1] // k.shape[1]) if type(q) is Tensor else []
-        y = blockwise.attention(q, *_with_front(k, v, before, shared), ctx.plan, ctx.scale)
-        ctx.save_for_backward(q, k, v, y, *before)
+        if shared is None:
+            y, logs = _forward(q, k, v, 0.0, True, scale=scale)
+        else:
+            y, logs = _in_parts(q, k, v, before, shared, scale)
+        ctx.save_for_backward(q, k, v, y, logs, *before)
+        ctx.shared, ctx.half, ctx.scale = shared, half, scale
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, y, *before = ctx.saved_tensors
-        shared: Shared = ctx.shared
+        q, k, v, y, logs, *before = ctx.saved_tensors
+        shared: Shared | None = ctx.shared
         half: _Half | None = ctx.half
-        keys, values = _with_front(k, v, before, shared)
-        dq, *found = blockwise.gradients(grad, q, keys, values, y, ctx.plan, ctx.scale)
-        front = shared.before + shared.cut_off
-        dk, dv = (x[:, :, front:] for x in found)
-        if half and before:
-            theirs = tuple(torch.zeros(x.shape, dtype=dk.dtype) for x in before)
-            for total, x in zip(theirs, found, strict=True):
-                total[:, :, : shared.before] += x[:, :, : shared.before]
-                total[:, :, total.shape[2] - shared.cut_off :] += x[:, :, shared.before : front]
-            half.between.tell("gradients", half.number, theirs)
-        elif half:
-            for total, x in zip((dk, dv), half.between.hear("gradients", half.number), strict=True):
-                total += x
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, None, None
+        dtype = q.dtype
+        if _is_short(k, shared and max(shared.before, shared.beginning, *shared.own)):
+            grad, q, k, v, y, *before = (x.float() for x in (grad, q, k, v, y, *before))
+        if shared is None:
+            found = _backward(grad, q, k, v, y, logs, 0.0, True, scale=ctx.scale)
+        else:
+            *found, theirs = _parts_back(grad, q, k, v, y, logs, before, shared, ctx.scale)
+            if half and theirs:
+                half.between.tell("gradients", half.number, theirs)
+            elif half:
+                for total, x in zip(found[1:], half.between.hear("gradients", half.number), strict=True):
+                    total += x
+        return *(x.to(dtype) for x in found), None, None, None
 
 
-def _with_front(k: Tensor, v: Tensor, before: Sequence[Tensor], shared: Shared) -> list[Tensor]:
-    """Keys and values of a row, behind those of the half `before` it that any of its tokens sees."""
-    if not before:
-        return [k, v]
-    cut = before[0].shape[2] - shared.cut_off
-    return [torch.cat([x[:, :, : shared.before], x[:, :, cut:], y], 2) for x, y in zip(before, (k, v), strict=True)]
+def _in_parts(
+    q: Tensor, k: Tensor, v: Tensor, before: Sequence[Tensor], shared: Shared, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """What each token attends to, and the logarithm of its sum of exponentials."""
+    batch, heads, length, size = q.shape
+    y = empty(batch, length, heads, size).transpose(1, 2) if q.dtype == torch.float32 else torch.empty_like(q)
+    logs = torch.empty(q.shape[:3], dtype=torch.float32)
+    own, others = _views(shared, before)
+    for part in own:
+        y[:, :, part], logs[:, :, part] = _forward(q[:, :, part], k[:, :, part], v[:, :, part], 0.0, True, scale=scale)
+    for of, to, here in others:
+        keys, values = (k, v) if here else before
+        seen, log = _forward(q[:, :, of], keys[:, :, to], values[:, :, to], 0.0, False, scale=scale)
+        total = torch.logaddexp(log, logs[:, :, of])
+        y[:, :, of].lerp_(seen, log.sub_(total).exp_().unsqueeze(-1).to(y.dtype))
+        logs[:, :, of] = total
+    return y, logs
+
+
+def _parts_back(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    logs: Tensor,
+    before: Sequence[Tensor],
+    shared: Shared,
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """Gradients of q, k and v, and of the keys and values `before`."""
+
+    def back(of: slice, keys: Tensor, values: Tensor, causal: bool) -> tuple[Tensor, Tensor, Tensor]:
+        sides = grad[:, :, of], q[:, :, of], keys, values, y[:, :, of], logs[:, :, of]
+        return _backward(*sides, 0.0, causal, scale=scale)
+
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    theirs = tuple(torch.zeros_like(x) for x in before)
+    own, others = _views(shared, before)
+    for part in own:
+        found = back(part, k[:, :, part], v[:, :, part], True)
+        dq[:, :, part], dk[:, :, part], dv[:, :, part] = found
+    for of, to, here in others:
+        keys, values = (k, v) if here else before
+        found = back(of, keys[:, :, to], values[:, :, to], False)
+        for total, x, place in zip((dq, *((dk, dv) if here else theirs)), found, (of, to, to), strict=True):
+            total[:, :, place] += x
+    return dq, dk, dv, theirs
+
+
+def _views(shared: Shared, before: Sequence[Tensor]) -> tuple[list[slice], list[tuple[slice, slice, bool]]]:
+    """The parts of a row that see what of themselves came first; and who sees what else, in this row or of what is `before` it."""
+    head, rest, parts = slice(0, shared.beginning), slice(shared.beginning, None), shared.parts()
+    others = [(rest, head, True)] if parts and shared.beginning else []
+    if before:
+        others.append((slice(None), slice(0, shared.before), False))
+    if shared.cut_off:
+        others.append((parts[0], slice(before[0].shape[2] - shared.cut_off, None), False))
+    return [head, *parts] if shared.beginning else parts, others
 
 
 def use(network: Any) -> None:
@@ -225,7 +290,7 @@ def can_share(network: Any) -> bool:
 
 def halves_rows(network: Any) -> bool:
     """Whether half a row may follow the other: every layer attends by torch's kernel as a row says. Passes four tokens to find out."""
-    if not can_share(network):
+    if not _KERNEL or not can_share(network):
         return False
     shared, device = Shared(2, (1, 1)), next(network.parameters()).device
     mask = shared.mask(device)
