@@ -513,6 +513,9 @@ def test_what_bfloat16_would_spare_is_told_where_it_does(tiny, tmp_path: Path, m
                 name = f"{processor}-{size}-{precision}"
                 run(config((folder, tiny[1]), tmp_path, name=name, participation=0.2, **keys), note)
     assert told == [("native", "large", "auto"), ("amx", "large", "auto")]
+    monkeypatch.setattr("flexlora.processor._described", lambda: "amx_bf16")
+    assert load_model(str(large)).faster_in_bfloat16
+    assert not load_model(str(large), precision="bfloat16").faster_in_bfloat16
 
 
 def test_the_next_step_of_personal_models_is_one_that_they_can_take(tiny, tmp_path: Path, command) -> None:

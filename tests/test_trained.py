@@ -266,6 +266,8 @@ def test_a_damaged_or_hostile_word_about_an_adapter_is_one_line(
 
 def test_more_tokens_than_a_model_has_positions_are_refused(data: Path, tmp_path: Path, command: Command) -> None:
     """OPT's positions are learned: beyond the last one its embedding raises IndexError."""
+    from flexlora.federate import serve  # needs Flower
+
     config, targets = ARCHITECTURES["opt"]
     short = type(config)(**{**config.to_dict(), "max_position_embeddings": 250})
     AutoModelForCausalLM.from_config(short, dtype=torch.float32).save_pretrained(tmp_path / "model")
@@ -274,11 +276,16 @@ def test_more_tokens_than_a_model_has_positions_are_refused(data: Path, tmp_path
     path = mine / "3" / "local_training_1.json"
     path.write_text(json.dumps([{**record, "input": "x" * 280} for record in json.loads(path.read_text())]))
     keys = {**FAST, "model": str(tmp_path / "model"), "data": mine, "output_dir": tmp_path}
+    held_out = mine / "3" / "global_test.json"
+    held_out.write_text(json.dumps([{**record, "input": "x" * 280} for record in json.loads(held_out.read_text())]))
     keys |= {"lora_target_modules": tuple(targets.split(",")), "cutoff_len": 251}
     model = keys["model"]
     message = f"cutoff_len: 251 are more tokens than {model} has positions; lower --cutoff_len to 250 or less"
     with pytest.raises(FlexLoraError) as caught:
         play(Config(**keys))
+    assert str(caught.value) == message
+    with pytest.raises(FlexLoraError) as caught:
+        serve(None, {**keys, "lora_target_modules": targets, "output_dir": str(tmp_path), "data": "", "ranks": "homo"})
     assert str(caught.value) == message
     assert not (tmp_path / "r").exists()
     (line,) = play(Config(**{**keys, "cutoff_len": 250})).metrics

@@ -192,9 +192,7 @@ def exact_match(references: Sequence[str], prediction: str) -> bool:
     A reference of punctuation only (a sign, a face) has to be met as it is.
     """
     return any(
-        _normal(prediction) == _normal(reference)
-        if _normal(reference)
-        else _composed(prediction).strip() == _composed(reference).strip()
+        _normal(prediction) == _normal(reference) if _normal(reference) else prediction.strip() == reference.strip()
         for reference in references
     )
 
