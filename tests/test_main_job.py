@@ -502,7 +502,7 @@ def test_what_bfloat16_would_spare_is_told_where_it_does(tiny, tmp_path: Path, m
     told: list[tuple[str, str, str]] = []
 
     def note(event: str, facts: Any) -> None:
-        if event == "note" and "--precision" in facts["text"]:
+        if event == "note" and "precision bfloat16" in facts["text"]:
             told.append((processor, size, precision))
 
     for processor, flags in {"native": "fma avx512_bf16 amx_tile", "amx": "amx_bf16", "none": "avx2 fma"}.items():

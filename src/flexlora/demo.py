@@ -36,6 +36,7 @@ RANKS: dict[str, Any] = {
 
 SETTINGS: dict[str, Any] = {
     "model": "smollm2",
+    "precision": "float32",
     "rounds": 4,
     "participation": 1.0,
     "method": "flexlora",

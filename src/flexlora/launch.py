@@ -359,7 +359,9 @@ def assembled(config: Config, folder: Path, notify: Notify) -> Iterator[Session]
     model = load(config)
     refuse_long(config, model)
     if config.precision == "auto" and model.faster_in_bfloat16:
-        text = "this processor multiplies bfloat16 faster than float32: --precision bfloat16 trains sooner, to much the same losses"
+        text = (
+            "this processor multiplies bfloat16 faster than float32: with precision bfloat16 training takes less time"
+        )
         notify("note", {"text": text})
     plan = rank_plan(config, model.hidden_size, federation.clients)
     table = rank_table(config, plan, model.shapes, federation.clients, notify)
