@@ -12,6 +12,7 @@ from rich.console import Console
 
 from flexlora import demo
 from flexlora.data.federation import open_federation
+from flexlora.scorer import ModelScorer
 from flexlora.trained import open_trained, score
 from flexlora.types import FlexLoraError
 from tiny import tiny_model
@@ -51,6 +52,21 @@ def test_demo_tells_what_the_federation_brought(tmp_path: Path, monkeypatch: pyt
     assert f"next: flexlora generate {done.folder} --prompt" in said
     with pytest.raises(FlexLoraError, match="a run stands there already"):
         demo.demo(console, output_dir=tmp_path / "runs", name="d", seed=3, cache_dir=None, quiet=True)
+
+
+def test_scores_that_the_best_round_got_in_the_end_are_not_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {"model": str(tiny_model(tmp_path / "M")), "rounds": 2, "max_new_tokens": 3, "cutoff_len": 64}
+    monkeypatch.setattr(demo, "SETTINGS", demo.SETTINGS | tiny | {"validation_examples": 4})
+    losses = iter((3.0, 1.0, 2.0))  # of the base model, and of a first round that is scored after the second
+    monkeypatch.setattr(ModelScorer, "validate", lambda *_: {"loss": next(losses)})
+    scored: list[int] = []
+    monkeypatch.setattr(demo, "score", lambda trained, x: scored.append(len(x)) or score(trained, x))
+    console = Console(file=io.StringIO(), width=80)
+    done = demo.demo(console, output_dir=tmp_path / "runs", name="d", seed=3, cache_dir=None, quiet=True)
+    assert done.best_round == done.metrics[-1]["eval_best"]["round"] == 1
+    assert scored == [48, 48]  # the base's and the federated model's own families
 
 
 @pytest.mark.parametrize(
