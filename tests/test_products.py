@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlora import products
+from flexlora.processor import leaves_avx512_unused
 from flexlora.products import gram, mm
 
 served = pytest.mark.skipif(not products._SERVED, reason="torch's own library multiplies on this processor")
@@ -32,6 +33,78 @@ def test_product_of_any_layout(n: int, k: int, m: int, dtype: torch.dtype, seed:
         torch.testing.assert_close(mm(x, y), expected, atol=1e-4 if dtype == torch.float32 else 1e-12, rtol=0)
         assert torch.equal(x, before[0])
         assert torch.equal(y, before[1])
+
+
+@given(n=sizes, k=sizes, m=sizes, seed=st.integers(0, 9))
+def test_onednn_stands_in_for_any_layout(n: int, k: int, m: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(n, k, generator=g), torch.randn(k, m, generator=g)
+    expected = (a.double() @ b.double()).float()
+    wide, tall = torch.randn(k, 2 * m, generator=g), torch.randn(n, k + 3, generator=g)
+    wide[:, ::2], tall[:, :k] = b, a
+    for x, y in [
+        (a, b),
+        (a.T.contiguous().T, b),
+        (a, b.T.contiguous().T),
+        (a.T.contiguous().T, b.T.contiguous().T),
+        (tall[:, :k], wide[:, ::2]),
+    ]:
+        before = x.clone(), y.clone()
+        found = products._onednn_mm(x, y)
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+        assert torch.equal(x, before[0])
+        assert torch.equal(y, before[1])
+
+
+def test_onednn_stands_in_for_large_products_where_no_other_library_uses_avx512(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(products, "_onednn_mm", lambda a, b: done.append(a.shape[0]) or a @ b)
+    monkeypatch.setattr(products, "_SLEEP", True)
+    torch.set_num_threads(2)
+    a, b = torch.randn(1024, 64), torch.randn(64, 64)
+    cases: tuple[tuple[bool, bool, bool, torch.dtype, int, bool], ...] = (
+        (True, True, False, torch.float32, 1024, True),
+        (True, False, False, torch.float32, 1024, True),
+        (True, True, False, torch.float32, 128, False),  # a small one
+        (True, True, False, torch.float64, 1024, False),
+        (True, True, True, torch.float32, 1024, False),  # OpenBLAS uses it
+        (True, False, True, torch.float32, 1024, True),  # and does not multiply
+        (False, True, False, torch.float32, 1024, False),
+    )
+    for stands_in, openblas, broad, dtype, rows, asked in cases:
+        done.clear()
+        monkeypatch.setattr(products, "_STANDS_IN", stands_in)
+        monkeypatch.setattr(products, "_SERVED", openblas)
+        monkeypatch.setattr(products, "_BROAD", broad)
+        x, y = a[:rows].to(dtype), b.to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(mm(x, y), x @ y)
+        assert bool(done) == asked, (stands_in, openblas, broad, dtype, rows)
+
+
+def test_processors_whose_avx512_mkl_leaves_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, unused in (
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512f avx512bw", True),
+        ("vendor_id : AuthenticAMD\nflags : avx2", False),
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512f", False),
+        ("", False),
+    ):
+        monkeypatch.setattr("flexlora.processor._described", lambda said=said: said)
+        assert leaves_avx512_unused() == unused
+
+
+@served
+@pytest.mark.parametrize(("core", "broad"), [("Haswell", False), ("SkylakeX", True)])
+def test_what_openblas_uses_is_found_out(core: str, broad: bool) -> None:
+    if broad and not leaves_avx512_unused():
+        pytest.skip("no AVX-512")
+    code = "from flexlora import products; print(products._BROAD)"
+    environment = os.environ | {"OPENBLAS_CORETYPE": core}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(broad)
 
 
 @given(n=st.integers(1, 600), k=sizes, seed=st.integers(0, 9))
@@ -112,7 +185,7 @@ def test_flexlora_lets_idle_threads_sleep_soon_unless_told_otherwise() -> None:
 def test_onednn_keeps_few_products_compiled_unless_told_otherwise() -> None:
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
     code = f"import flexlora, os; print(os.environ.get('{name}'))"
-    for before, more, expected in (("", {}, "128"), ("", {name: "7"}, "7"), ("import torch; ", {}, "None")):
+    for before, more, expected in (("", {}, "48"), ("", {name: "7"}, "7"), ("import torch; ", {}, "None")):
         environment = {k: v for k, v in os.environ.items() if k != name} | more
         done = subprocess.run([sys.executable, "-c", before + code], env=environment, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr

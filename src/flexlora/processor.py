@@ -15,6 +15,11 @@ def made_by_intel() -> bool:
     return "GenuineIntel" in said if said else True
 
 
+def leaves_avx512_unused() -> bool:
+    """Whether the processor has AVX-512 and MKL does not use it."""
+    return "avx512f" in _described() and not made_by_intel()
+
+
 def multiplies_bfloat16() -> bool:
     """Whether the processor has instructions for products in bfloat16: with AVX512-BF16 or AMX they take a seventh to a third
     of the time of float32, without them more than it. Told by the processor, never by a stopwatch: every process of every run
@@ -37,12 +42,12 @@ def settle() -> None:
     Where other threads multiply (see `flexlora.products`) its idle threads sleep after a few microseconds, in which the next
     operation usually comes: waking one takes longer. The OpenMP library reads the variables once.
 
-    And how many products oneDNN (bfloat16) keeps compiled, by their sizes: rows of ever new lengths filled its thousand places
-    with half a gigabyte; a pass needs some fifty.
+    And how many products oneDNN keeps compiled, by their sizes, more than a megabyte each: rows of ever new lengths filled its
+    thousand places; the way there or back needs some twenty.
     """
     if "torch" not in sys.modules:
         _keep_freed()
-        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "48")
         if not made_by_intel() and "OMP_WAIT_POLICY" not in os.environ:
             os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
             os.environ.setdefault("GOMP_SPINCOUNT", "2000")

@@ -1,9 +1,10 @@
-"""Matrix products on the processor, by the faster of the two BLAS libraries that are installed anyway.
+"""Matrix products on the processor, by the fastest of the libraries that are installed anyway.
 
-torch's x86 builds multiply with MKL. On processors that Intel did not make it reaches some 70 % of the speed of the
-OpenBLAS inside NumPy in float32, and a quarter where a factor has only 8 columns (docs/log.md has the figures). Which one
-multiplies follows from the processor's maker and the sizes, never from a stopwatch: every run on one machine gives the
-same bits.
+torch's x86 builds multiply with MKL. On processors that Intel did not make it leaves AVX-512 unused, and reaches less than
+half the speed of the OpenBLAS inside NumPy in float32; some 70 % where there is no AVX-512, and a quarter where a factor has
+only 8 columns (docs/log.md has the figures). Where OpenBLAS does not use AVX-512 either, or is not there, oneDNN, which
+torch has for bfloat16, stands in. Who multiplies follows from the processor, the libraries and the sizes, never from a
+stopwatch: every run on one machine gives the same bits.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ import torch
 from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 
-from flexlora.processor import made_by_intel, threads_sleep
+from flexlora.processor import leaves_avx512_unused, made_by_intel, threads_sleep
 
 LEAST = 2**16
 """Multiplications below which the way to NumPy and back costs more than it saves."""
+MANY = 2**20
+"""Multiplications from which on oneDNN is faster than an OpenBLAS without AVX-512, whose calls cost less."""
+AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
+"""What OpenBLAS calls the processors that have it."""
 FEW = 64
 """Rows up to which a product in bfloat16 is faster turned round: a decoding step reads its weights once."""
 PIECE = 2**21
@@ -31,10 +36,13 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     """a (n, k) @ b (k, m), where no gradient is recorded."""
     if a.dtype == torch.bfloat16 and a.shape[0] <= FEW and a.device.type == "cpu":
         return (b.T @ a.T).T.contiguous()
-    if not (_SERVED and _fits(a, b)):
+    if not _fits(a, b):
         return _torch_mm(a, b)
     threads = torch.get_num_threads()
-    if threads > 1 and not _SLEEP:
+    served = _SERVED and (threads == 1 or _SLEEP)
+    if _STANDS_IN and not (served and _BROAD) and a.dtype == torch.float32 and _multiplications(a, b) >= MANY:
+        return _onednn_mm(a, b)
+    if not served:
         return _torch_mm(a, b)
     x, y = a.detach().numpy(), b.detach().numpy()
     (n, k), m = x.shape, y.shape[1]
@@ -50,6 +58,24 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     for part in waiting:
         part.result()
     return torch.from_numpy(out)
+
+
+def _onednn_mm(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b by oneDNN, which takes its first factor row by row: of a transposed one it would make a copy."""
+    if b.shape[1] < a.shape[0] and not a.is_contiguous():
+        return _onednn(_plain(b.T), _plain(a)).T.contiguous()
+    return _onednn(_plain(a), _plain(b.T))
+
+
+def _onednn(x: Tensor, w: Tensor) -> Tensor:
+    """x (n, k) @ w (m, k)ᵀ."""
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def _plain(x: Tensor) -> Tensor:
+    """x without gradient, its rows or its columns one after the other."""
+    x = x.detach()
+    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
 def _torch_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -71,7 +97,7 @@ def empty(*shape: int) -> Tensor:
 
 def add_mm(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """total (n, m) += factor · a (n, k) @ b (k, m), in place; in one pass where the library can."""
-    if _SERVED and _fits(a, b):
+    if (_SERVED or _STANDS_IN) and _fits(a, b):
         total.add_(mm(a, b), alpha=factor)
     else:
         total.addmm_(a, b, alpha=factor)
@@ -99,8 +125,12 @@ def _fits(a: Tensor, b: Tensor) -> bool:
         and a.device.type == b.device.type == "cpu"
         and type(a) in _PLAIN
         and type(b) in _PLAIN
-        and a.shape[0] * a.shape[1] * b.shape[1] >= LEAST
+        and _multiplications(a, b) >= LEAST
     )
+
+
+def _multiplications(a: Tensor, b: Tensor) -> int:
+    return a.shape[0] * a.shape[1] * b.shape[1]
 
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -113,6 +143,9 @@ _openblas = [
     if library.internal_api == "openblas" and "numpy" in library.filepath
 ]
 _SERVED = bool(_openblas) and torch.backends.mkl.is_available() and not made_by_intel()
+_BROAD = any(x.info()["architecture"] in AVX512 for x in _openblas)
+"""Whether OpenBLAS uses AVX-512."""
+_STANDS_IN = torch.backends.mkldnn.is_available() and leaves_avx512_unused()
 _SLEEP = threads_sleep()
 
 
