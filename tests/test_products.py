@@ -85,6 +85,21 @@ def test_onednn_stands_in_for_large_products_where_no_other_library_uses_avx512(
         assert bool(done) == asked, (stands_in, openblas, broad, dtype, rows)
 
 
+@served
+def test_few_decoded_rows_go_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    monkeypatch.setattr(products, "_onednn_mm", lambda a, b: done.append(a.shape[0]) or a @ b)
+    for name in ("_STANDS_IN", "_BROAD", "_SLEEP"):
+        monkeypatch.setattr(products, name, True)
+    w = torch.randn(512, 128).T
+    for rows in (8, products.FEW, products.FEW + 1):
+        with torch.no_grad():
+            mm(torch.ones(rows, 128), w)
+        with torch.inference_mode():
+            mm(torch.ones(rows, 128), w)
+    assert done == [products.FEW]  # eight have too few multiplications
+
+
 def test_processors_whose_avx512_mkl_leaves_unused(monkeypatch: pytest.MonkeyPatch) -> None:
     for said, unused in (
         ("vendor_id : AuthenticAMD\nflags : avx2 avx512f avx512bw", True),

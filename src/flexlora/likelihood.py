@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -43,7 +42,8 @@ def token_nll(x: Tensor, labels: Tensor, head: nn.Linear | None = None) -> Tenso
     with torch.no_grad():
         for a, y in zip(x.split(PIECE), labels.split(PIECE), strict=True):
             for rows, label in zip(logits(a, head).split(ROWS), y.split(ROWS), strict=True):
-                found.append(F.cross_entropy(rows.float(), label, reduction="none").double())
+                nll, _, _ = _exponentials(rows.to(torch.float32, copy=head is None), label[:, None])
+                found.append(nll.double().squeeze(-1))
     return torch.cat(found)
 
 
@@ -80,14 +80,23 @@ def _piece(x: Tensor, labels: Tensor, weights: Tensor | None, head: nn.Linear | 
     z = x.clone() if head is None else logits(x, head)
     for i in range(0, len(z), ROWS):
         rows = slice(i, i + ROWS)
-        label, logs = labels[rows, None], z[rows].float().log_softmax(-1)
-        nll = logs.gather(-1, label).squeeze(-1).neg_()
-        part = torch.exp(logs, out=z[rows] if z.dtype == logs.dtype else logs)
-        part.scatter_add_(-1, label, part.new_full((len(part), 1), -1.0))
-        if weights is not None:
-            nll.mul_(weights[rows])
-            part.mul_(weights[rows, None])
+        label = labels[rows, None]
+        nll, part, total = _exponentials(z[rows].float(), label)
+        weight = torch.ones_like(total) if weights is None else weights[rows, None]
+        part.mul_(weight / total).scatter_add_(-1, label, -weight)
         if z.dtype != part.dtype:
             z[rows] = part
-        loss += nll.sum()
+        loss += nll.mul_(weight).sum()
     return z if head is None else mm(z, head.weight)
+
+
+def _exponentials(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log likelihood (n, 1) of labels (n, 1), exp(z − max z) in place of the logits z (n, vocabulary), its sums (n, 1); float32.
+
+    Torch's log-softmax adds up one word after the other: next to one that is likely, all that are not are lost to rounding (3
+    to 6 % of the loss where that is 7e-4). `sum` adds up pairwise. In place, as new memory of this size costs as much as
+    the exponentials.
+    """
+    chosen, top = z.gather(-1, labels), z.amax(-1, keepdim=True)
+    total = z.sub_(top).exp_().sum(-1, keepdim=True)
+    return total.log().sub_(chosen.sub_(top)), z, total

@@ -3,8 +3,8 @@
 torch's x86 builds multiply with MKL. On processors that Intel did not make it leaves AVX-512 unused, and reaches less than
 half the speed of the OpenBLAS inside NumPy in float32; some 70 % where there is no AVX-512, and a quarter where a factor has
 only 8 columns (docs/log.md has the figures). Where OpenBLAS does not use AVX-512 either, or is not there, oneDNN, which
-torch has for bfloat16, stands in. Who multiplies follows from the processor, the libraries and the sizes, never from a
-stopwatch: every run on one machine gives the same bits.
+torch has for bfloat16, stands in; of few rows, as decoding has them, it makes more than OpenBLAS. Who multiplies follows
+from the processor, the libraries and the sizes, never from a stopwatch: every run on one machine gives the same bits.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MANY = 2**20
 AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")
 """What OpenBLAS calls the processors that have it."""
 FEW = 64
-"""Rows up to which a product in bfloat16 is faster turned round: a decoding step reads its weights once."""
+"""Rows of a decoding step, which reads its weights once: a product in bfloat16 is faster turned round up to here."""
 PIECE = 2**21
 """Multiplications for which waking another thread pays."""
 
@@ -40,11 +40,17 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
         return _torch_mm(a, b)
     threads = torch.get_num_threads()
     served = _SERVED and (threads == 1 or _SLEEP)
-    if _STANDS_IN and not (served and _BROAD) and a.dtype == torch.float32 and _multiplications(a, b) >= MANY:
+    decoded = a.shape[0] <= FEW and a.is_inference()  # training keeps what oneDNN makes, in memory worse than `empty`
+    if (
+        _STANDS_IN
+        and (decoded or not (served and _BROAD))
+        and a.dtype == torch.float32
+        and _multiplications(a, b) >= MANY
+    ):
         return _onednn_mm(a, b)
     if not served:
         return _torch_mm(a, b)
-    x, y = a.detach().numpy(), b.detach().numpy()
+    x, y = _array(a), _array(b)
     (n, k), m = x.shape, y.shape[1]
     pieces = min(threads, n * k * m // PIECE, max(n, m))
     if pieces <= 1:
@@ -58,6 +64,11 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     for part in waiting:
         part.result()
     return torch.from_numpy(out)
+
+
+def _array(x: Tensor) -> np.ndarray:
+    # Whatever torch does lets another thread take over for a while.
+    return (x.detach() if x.requires_grad else x).numpy()
 
 
 def _onednn_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -74,7 +85,7 @@ def _onednn(x: Tensor, w: Tensor) -> Tensor:
 
 def _plain(x: Tensor) -> Tensor:
     """x without gradient, its rows or its columns one after the other."""
-    x = x.detach()
+    x = x.detach() if x.requires_grad else x
     return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
 
 
