@@ -21,7 +21,7 @@ def leaves_avx512_unused() -> bool:
 
 
 def multiplies_bfloat16() -> bool:
-    """Whether the processor has instructions for products in bfloat16: with AVX512-BF16 or AMX they take a seventh to a third
+    """Whether the processor has instructions for products in bfloat16: with AVX512-BF16 or AMX they take a seventh to a half
     of the time of float32, without them more than it. Told by the processor, never by a stopwatch: every process of every run
     on one machine says the same."""
     return any(name in _described() for name in ("avx512_bf16", "amx_bf16"))
