@@ -50,7 +50,7 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
         return _onednn_mm(a, b)
     if not served:
         return _torch_mm(a, b)
-    x, y = _array(a), _array(b)
+    x, y = _bare(a).numpy(), _bare(b).numpy()
     (n, k), m = x.shape, y.shape[1]
     pieces = min(threads, n * k * m // PIECE, max(n, m))
     if pieces <= 1:
@@ -66,27 +66,21 @@ def mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def _array(x: Tensor) -> np.ndarray:
-    # Whatever torch does lets another thread take over for a while.
-    return (x.detach() if x.requires_grad else x).numpy()
+def _bare(x: Tensor) -> Tensor:
+    """x without gradient: whatever torch does lets another thread take over for a while, so it does nothing in vain."""
+    return x.detach() if x.requires_grad else x
 
 
 def _onednn_mm(a: Tensor, b: Tensor) -> Tensor:
     """a @ b by oneDNN, which takes its first factor row by row: of a transposed one it would make a copy."""
     if b.shape[1] < a.shape[0] and not a.is_contiguous():
-        return _onednn(_plain(b.T), _plain(a)).T.contiguous()
-    return _onednn(_plain(a), _plain(b.T))
+        return _onednn(b.T, a).T.contiguous()
+    return _onednn(a, b.T)
 
 
 def _onednn(x: Tensor, w: Tensor) -> Tensor:
     """x (n, k) @ w (m, k)ᵀ."""
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-
-
-def _plain(x: Tensor) -> Tensor:
-    """x without gradient, its rows or its columns one after the other."""
-    x = x.detach() if x.requires_grad else x
-    return x if x.is_contiguous() or x.T.is_contiguous() else x.contiguous()
+    return torch.ops.mkldnn._linear_pointwise(_bare(x), _bare(w), None, "none", [], "")
 
 
 def _torch_mm(a: Tensor, b: Tensor) -> Tensor:
@@ -156,7 +150,8 @@ _openblas = [
 _SERVED = bool(_openblas) and torch.backends.mkl.is_available() and not made_by_intel()
 _BROAD = any(x.info()["architecture"] in AVX512 for x in _openblas)
 """Whether OpenBLAS uses AVX-512."""
-_STANDS_IN = torch.backends.mkldnn.is_available() and leaves_avx512_unused()
+_STANDS_IN = leaves_avx512_unused() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether oneDNN is better than a library without AVX-512."""
 _SLEEP = threads_sleep()
 
 
