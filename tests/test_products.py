@@ -35,6 +35,7 @@ def test_product_of_any_layout(n: int, k: int, m: int, dtype: torch.dtype, seed:
         assert torch.equal(y, before[1])
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch was built without oneDNN")
 @given(n=sizes, k=sizes, m=sizes, seed=st.integers(0, 9))
 def test_onednn_stands_in_for_any_layout(n: int, k: int, m: int, seed: int) -> None:
     g = torch.Generator().manual_seed(seed)

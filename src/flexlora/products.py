@@ -102,7 +102,7 @@ def empty(*shape: int) -> Tensor:
 
 def add_mm(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """total (n, m) += factor · a (n, k) @ b (k, m), in place; in one pass where the library can."""
-    if (_SERVED or _STANDS_IN) and _fits(a, b):
+    if _SERVED and _fits(a, b):
         total.add_(mm(a, b), alpha=factor)
     else:
         total.addmm_(a, b, alpha=factor)
