@@ -14,9 +14,12 @@ from flexlora.checkpoint import (
     checkpoint_folder,
     checkpoint_rounds,
     flatten,
+    kept_file,
+    kept_up_to,
     read_checkpoint,
     remove_checkpoints,
     restore,
+    thin_out,
     write_checkpoint,
 )
 from flexlora.types import FlexLoraError, LowRank, Sparse
@@ -116,6 +119,19 @@ def test_rounds_kept_and_removed(tmp_path: Path) -> None:
     remove_checkpoints(tmp_path, {2, 10})
     assert checkpoint_rounds(tmp_path) == [2, 10]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["round-0002", "round-0010"]
+
+
+def test_what_clients_kept_is_told_apart_by_number(tmp_path: Path) -> None:
+    rounds = (3, 9998, 9999, 10000, 10002)
+    for round in rounds:
+        kept_file(tmp_path, round).touch()
+    (tmp_path / ".round-10003.safetensors.part").touch()
+    assert [kept_up_to(tmp_path, r) for r in (2, 3, 9999, 10001, 99999)] == [
+        None,
+        *(kept_file(tmp_path, r) for r in (3, 9999, 10000, 10002)),
+    ]
+    thin_out(tmp_path, {9999, 10001})
+    assert [r for r in rounds if kept_file(tmp_path, r).exists()] == [9999, 10000, 10002]
 
 
 @pytest.mark.parametrize("writer", ["write_durably", "save_file"])

@@ -187,6 +187,11 @@ def test_alpaca_conversations_and_columns_by_flag(tmp_path: Path):
     talks = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}]
     (talk,), _ = read_table(write_table(tmp_path, "jsonl", talks))
     assert talk.messages == (("user", "Hi"), ("assistant", "Ho"))
+    later = [{"instruction": "a", "output": "b"}, {"instruction": "c", "input": "with", "output": "d", "category": "k"}]
+    assert [(r.input, r.category) for r in read_table(write_table(tmp_path, "jsonl", later))[0]] == [
+        ("", ""),
+        ("with", "k"),
+    ]
     rows = [{"q": "Ask", "a": "Say", "topic": 7, "instruction": "ignored"}]
     columns = {"instruction": "q", "output": "a", "category": "topic"}
     (record,), _ = read_table(write_table(tmp_path, "json", rows), columns)

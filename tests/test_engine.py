@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexlora import lowrank, modeling, ranks, wire
+from flexlora import lowrank, ranks, saved, wire
 from flexlora.checkpoint import checkpoint_folder, checkpoint_rounds, read_checkpoint, write_checkpoint
 from flexlora.collection import RoundLog
 from flexlora.config import Config
@@ -293,7 +293,7 @@ class SavedLosses(ListedLosses):
     """Saves the adapter as the real scorers do: its weights say of which round they are."""
 
     def save(self, folder: Path, adapter: Mapping[str, LowRank], facts: Mapping[str, Any]) -> None:
-        modeling.save_adapter(folder, adapter, base_model="m", about={"round": facts["round"]})
+        saved.save_adapter(folder, adapter, base_model="m", about={"round": facts["round"]})
 
 
 def test_a_run_that_stopped_early_and_is_given_more_rounds_goes_on_wherever_it_is_cut_off(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from flexlora.config import Config, make_config, read_config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import read_records
 from flexlora.methods import get_method
-from flexlora.modeling import load_adapter, save_adapter
 from flexlora.prompts import load_template
 from flexlora.rundir import read_metrics
+from flexlora.saved import load_adapter, save_adapter
 from flexlora.types import (
     ClientFailure,
     ClientRule,

@@ -234,6 +234,9 @@ def test_clipping_meets_the_bound_and_keeps_places(
         return
     t = cut.metrics["clipped"]
     assert 0 < t < 1
+    halved = replace(update, metrics={"clipped": 0.5})  # by a bound before this one
+    again = guard.clipped(halved, share * norm, bound_A=share_A * norm_A if norm_A else math.inf)
+    assert again.metrics["clipped"] == t / 2
     reached = whole_norm(dense_pieces(update, t)) / (share * norm)
     reached_A = t / share_A if norm_A else 0.0
     assert max(reached, reached_A) <= 1

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 from flexlora import guard, wire
 from flexlora.config import Config, make_config
-from flexlora.modeling import load_adapter, save_adapter
+from flexlora.saved import load_adapter, save_adapter
 from flexlora.types import (
     ClientFailure,
     ClientRule,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -620,3 +621,17 @@ def test_an_entry_point_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "entry_points", lambda group: [Point] if group == "flexlora.methods" else [])
     assert methods.methods()[-1] == "theirs"
     assert isinstance(get_method("theirs"), Method)
+
+
+def test_a_package_whose_method_cannot_be_loaded_is_named_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flexlora.methods import base
+
+    def broken(self: EntryPoint) -> Any:
+        raise ImportError("no module named theirs")
+
+    monkeypatch.setattr(base, "_plugins_loaded", False)
+    monkeypatch.setattr(EntryPoint, "load", broken)
+    monkeypatch.setattr(base, "entry_points", lambda group: [EntryPoint("x", "theirs:add", group)])
+    for _ in range(2):
+        with pytest.raises(FlexLoraError, match=r"theirs:add cannot be loaded \(ImportError: no module named theirs\)"):
+            methods.methods()

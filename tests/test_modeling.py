@@ -16,16 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV32Config
 from flexlora import gguf, likelihood
 from flexlora.adapted import Factors, adapt, dropped
 from flexlora.logits import said
-from flexlora.modeling import (
-    Model,
-    Scaling,
-    load_adapter,
-    load_model,
-    save_adapter,
-    save_merged,
-    scaling,
-)
+from flexlora.modeling import Model, Scaling, load_model, scaling
 from flexlora.rows import Rows
+from flexlora.saved import load_adapter, save_adapter, save_merged
 from flexlora.types import FlexLoraError, LowRank, Sparse
 from tiny import tiny_model, tiny_tokenizer
 
@@ -564,6 +557,8 @@ class TestConversion:
         assert gguf.converted(source, tmp_path / "cache") == result
         assert self.calls == 1
         assert [x.name for x in result.parent.iterdir()] == [result.name]  # nothing unfinished beside it
+        (tmp_path / "usual").mkdir()
+        assert result.stat().st_mode == (tmp_path / "usual").stat().st_mode  # a cache may be shared
         assert "quantization_config" not in json.loads((result / "config.json").read_text())
         assert (result / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
@@ -577,6 +572,10 @@ class TestConversion:
         (result / gguf.MANIFEST).unlink()
         gguf.converted(source, tmp_path / "cache")
         assert self.calls == 3
+        for number, text in enumerate(("{", "[]", "{}", '{"source": 1, "files": []}'), start=4):
+            (result / gguf.MANIFEST).write_text(text)
+            gguf.converted(source, tmp_path / "cache")
+            assert self.calls == number
 
     def test_another_file_is_another_folder(self, source: Path, tmp_path: Path) -> None:
         first = gguf.converted(source, tmp_path / "cache")

@@ -16,16 +16,16 @@ import pytest
 import yaml
 
 from console import Command, Done, refused
-from flexlora import modeling, trained
+from flexlora import modeling, saved, trained
 from flexlora.config import Config
 from flexlora.data import writing
 from flexlora.data.demo import write_demo
 from flexlora.data.tables import read_table
 from flexlora.launch import run as play
-from flexlora.modeling import load_adapter
 from flexlora.rundir import Run, resumable
 from flexlora.runners import flower_folder
 from flexlora.sampling import participants
+from flexlora.saved import load_adapter
 from flexlora.trained import export, open_trained
 from flexlora.types import FlexLoraError
 from tiny import tiny_federation, tiny_model
@@ -128,7 +128,7 @@ def test_a_stop_leaves_nothing(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for module, function in ((modeling, "_save_about"), (flower_folder, "site_key"), (writing, "write_records")):
+    for module, function in ((saved, "_save_about"), (flower_folder, "site_key"), (writing, "write_records")):
         monkeypatch.setattr(module, function, stop)
     assert command(*writers[name], tmp_path / "out").code == 130
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]

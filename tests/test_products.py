@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexlora import products
-from flexlora.processor import leaves_avx512_unused
+from flexlora.processor import leaves_avx512_unused, made_by_intel
 from flexlora.products import gram, mm
 
 served = pytest.mark.skipif(not products._SERVED, reason="torch's own library multiplies on this processor")
@@ -110,6 +110,17 @@ def test_processors_whose_avx512_mkl_leaves_unused(monkeypatch: pytest.MonkeyPat
     ):
         monkeypatch.setattr("flexlora.processor._described", lambda said=said: said)
         assert leaves_avx512_unused() == unused
+
+
+def test_threads_wait_as_they_come_where_nothing_else_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for said, theirs in (
+        ("vendor_id : AuthenticAMD", False),
+        ("vendor_id : GenuineIntel", True),
+        ("CPU implementer : 0x41", True),  # ARM
+        ("", True),
+    ):
+        monkeypatch.setattr("flexlora.processor._described", lambda said=said: said)
+        assert made_by_intel() == theirs
 
 
 @served

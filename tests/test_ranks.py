@@ -1,11 +1,13 @@
 """Rank plans: the paper's types and shares, assignment from the seed, clipping, YAML maps."""
 
+import itertools
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexlora.randomness import derive
 from flexlora.ranks import (
     DISTRIBUTIONS,
     distinct,
@@ -62,11 +64,13 @@ def test_readme_shares_beside_those_of_the_release() -> None:
     assert DISTRIBUTIONS["normal"][1] == DISTRIBUTIONS["normal"][2] == max(DISTRIBUTIONS["normal"])
 
 
-@given(st.integers(0, 2**31), st.integers(1, 200))
-def test_a_client_keeps_its_type_in_any_federation(seed: int, client: int) -> None:
-    plan = named_plan("random", lora_r=8, hidden_size=64)
-    assert plan.type_of(client, seed) == plan.type_of(client, seed)
-    assert plan.type_of(client, seed) in plan.types
+@given(st.integers(0, 2**31), st.integers(0, 200))
+def test_a_type_is_drawn_by_seed_and_client_alone(seed: int, client: int) -> None:
+    plan = named_plan("heavy_tail", lora_r=8, hidden_size=64)
+    draw, ends = derive(seed, "rank", client) / 2**63, [*itertools.accumulate(plan.shares.values())]
+    assert plan.type_of(client, seed) == next(
+        name for name, end in zip(plan.shares, ends, strict=True) if draw < end or end > 0.999
+    )
 
 
 def test_seeds_differ() -> None:
@@ -102,6 +106,11 @@ def test_map_from_a_file(tmp_path) -> None:
         ({"kinds": {}}, "unknown key kinds"),
         ({"types": {"a": 4}, "clients": {0: "z"}}, "type z"),
         ({"types": {"a": 4}, "distribution": "random"}, "give four types"),
+        ({"distribution": "normal", "shares": {"type1": 1.0}}, "both distribution and shares"),
+        (
+            {"types": {"client_3": 8}, "clients": {3: 16, 4: "client_3"}},
+            "client 3 has ranks of its own.*rename that type",
+        ),
     ],
 )
 def test_bad_maps_are_one_line(given_map: dict, words: str) -> None:

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, OPTConfig, Phi3Con
 from console import Command, refused
 from flexlora import Config, rundir
 from flexlora import run as play
-from flexlora.modeling import load_adapter, load_model
+from flexlora.modeling import load_model
 from flexlora.prompts import load_template
 from flexlora.rundir import Run, create_run
+from flexlora.saved import load_adapter
 from flexlora.trained import client_adapter, export, open_trained, records_of, score, standing_at
 from flexlora.types import FlexLoraError, LowRank
 from tiny import tiny_federation, tiny_model, tiny_tokenizer

@@ -29,8 +29,9 @@ from flexlora import attention
 from flexlora import rows as rows_module
 from flexlora import training as training_module
 from flexlora.logits import bare_head
-from flexlora.modeling import Model, load_model, save_adapter
+from flexlora.modeling import Model, load_model
 from flexlora.rows import collate, label_tokens
+from flexlora.saved import save_adapter
 from flexlora.training import batches, learning_rate, loss_sum, train_client
 from flexlora.types import Adapter, ClientRule, ClientUpdate, Download, LocalTraining, LowRank, Sparse, TrainTask
 from tiny import tiny_model

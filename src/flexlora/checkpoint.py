@@ -249,9 +249,24 @@ def remove_kept(kept: Path, keep: set[int]) -> None:
 
 def thin_out(folder: Path, keep: Collection[int]) -> None:
     """`remove_kept` for one client's folder."""
-    files = {path.name: path for path in folder.glob("round-*.safetensors")}
-    names = sorted(files)
-    needed = {max((n for n in names if n <= f"round-{round:04d}.safetensors"), default="") for round in keep}
-    for name in names:
-        if name not in needed and name <= f"round-{max(keep):04d}.safetensors":
-            files[name].unlink()
+    needed = {kept_up_to(folder, round) for round in keep}
+    for round in _kept_rounds(folder):
+        file = kept_file(folder, round)
+        if file not in needed and round <= max(keep):
+            file.unlink()
+
+
+def kept_file(folder: Path, round: int) -> Path:
+    """What a client, whose folder it is, keeps from a round."""
+    return folder / f"round-{round:04d}.safetensors"
+
+
+def kept_up_to(folder: Path, round: int) -> Path | None:
+    """A client's newest `kept_file` up to a round; None where it had kept nothing by then."""
+    rounds = [r for r in _kept_rounds(folder) if r <= round]
+    return kept_file(folder, max(rounds)) if rounds else None
+
+
+def _kept_rounds(folder: Path) -> list[int]:
+    rounds = [path.stem.removeprefix("round-") for path in folder.glob("round-*.safetensors")]
+    return [int(r) for r in rounds if r.isdecimal()]

@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Nothing is fetched unless asked for: a model that is on disk must load without a network.
+    # Or the tokenizers library warns wherever a process that has used it forks.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         app(plain_words(sys.argv[1:] if words is None else words), exit_on_error=False, print_error=False)

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from flexlora import evaluation, training, wire
-from flexlora.checkpoint import thin_out
+from flexlora.checkpoint import kept_file, kept_up_to, thin_out
 from flexlora.config import Config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
@@ -173,19 +173,14 @@ def one_line(error: BaseException) -> str:
     return text if isinstance(error, FlexLoraError) else f"{type(error).__name__}: {text}"
 
 
-def _kept_file(site: Site, client: int, round: int) -> Path:
-    return site.kept / str(client) / f"round-{round:04d}.safetensors"
-
-
 def with_kept(site: Site, client: int, round: int, download: Download) -> Download:
     """The download with the parts that this client kept from its last round before `round`, cut or zero-padded to its rank of now."""
     if not download.rule.keep:
         return download
-    files = sorted((site.kept / str(client)).glob("round-*.safetensors"))
-    files = [f for f in files if f < _kept_file(site, client, round)]
-    if not files:
+    file = kept_up_to(site.kept / str(client), round - 1)
+    if file is None:
         return download
-    kept = wire.decode(files[-1].read_bytes())
+    kept = wire.decode(file.read_bytes())
     adapter = dict(download.adapter)
     for module, parts in kept.items():
         origin = adapter.get(module)
@@ -207,7 +202,7 @@ def keep(site: Site, task: TrainTask, adapter: Adapter) -> None:
     parts = task.download.rule.keep
     if not parts:
         return
-    path = _kept_file(site, task.client, task.round)
+    path = kept_file(site.kept / str(task.client), task.round)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_bytes(wire.encode(adapter, parts))

@@ -6,6 +6,7 @@ model library and no transport: clients train behind a `Runner`, scores come fro
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
@@ -223,14 +224,7 @@ def downloads(setup: Setup, standing: Standing, clients: Sequence[int]) -> Itera
 def aggregate(method: Method, standing: Standing, updates: Iterator[ClientUpdate]) -> Any | None:
     """The next state, or None where no update came."""
     first = next(updates, None)
-    if first is None:
-        return None
-
-    def chained() -> Iterator[ClientUpdate]:
-        yield first
-        yield from updates
-
-    return method.aggregate(standing.state, chained())
+    return None if first is None else method.aggregate(standing.state, itertools.chain([first], updates))
 
 
 def global_adapter(method: Method, state: Any, at: Ranks) -> dict[str, LowRank]:
@@ -253,10 +247,9 @@ def validate(setup: Setup, runner: Runner, standing: Standing, adapter: Adapter)
         scores = setup.scorer.validate(adapter)
         if scores:
             return scores
-    clients = sampling.participants(sorted(setup.table), 1.0, seed=setup.config.seed, round=0)
     count = max(1, setup.config.validation_examples // EVAL_PER_CLIENT)
-    if len(clients) > count:
-        clients = sampling.participants(clients, count / len(clients), seed=setup.config.seed, round=0)
+    share = min(1.0, count / len(setup.table))
+    clients = sampling.participants(sorted(setup.table), share, seed=setup.config.seed, round=0)
     tasks = [
         EvalTask(standing.round, client, download, EVAL_PER_CLIENT)
         for client, download in (

@@ -18,11 +18,11 @@ from flexlora.collection import Notify
 from flexlora.config import Config, make_config
 from flexlora.engine import run_rounds, taken_up
 from flexlora.launch import mechanism_of, method_of, refuse_few, refuse_long, template_name
-from flexlora.modeling import load_adapter, save_adapter
 from flexlora.prompts import load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import Run, create_run, environment, exclusive, open_run, with_rounds
 from flexlora.runners.flower import FlowerRunner, NewSitesError
+from flexlora.saved import load_adapter, save_adapter
 from flexlora.standing import Setup, first_standing, wording
 from flexlora.types import Adapter, ClientInfo, FlexLoraError, LowRank, Ranks, Shapes
 

@@ -6,8 +6,8 @@ import copy
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,18 +64,21 @@ def _intact(folder: Path, source: str) -> bool:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return False
-    record = json.loads(manifest.read_text(encoding="utf-8"))
-    return record["source"] == source and all(
-        (folder / name).is_file() and sha256(folder / name) == digest for name, digest in record["files"].items()
-    )
+    try:
+        record = json.loads(manifest.read_text(encoding="utf-8"))
+        return record["source"] == source and all(
+            (folder / name).is_file() and sha256(folder / name) == digest for name, digest in record["files"].items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):  # not what `_convert` writes
+        return False
 
 
 def _convert(file: Path, source: str, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}")
+    scratch.mkdir(parents=True)  # not by mkdtemp, whose folders nobody else may read: a cache may be shared
     try:
         where: Any = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         try:

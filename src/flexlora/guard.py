@@ -269,7 +269,9 @@ def clipped(
         origin = update.sent[module]
         if isinstance(x, Sparse) and isinstance(origin, Sparse):
             adapter[module] = x._replace(values=torch.lerp(origin.values, x.values, t))
-    return replace(update, adapter=adapter, metrics={**update.metrics, "clipped": t})
+    # One clipping may follow another: what is said is the share that is left of what came.
+    share = update.metrics.get("clipped", 1.0) * t
+    return replace(update, adapter=adapter, metrics={**update.metrics, "clipped": share})
 
 
 # --- what one client can do ---------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from flexlora.data.federation import Federation, open_federation, spread
 from flexlora.engine import Runner, run_rounds, taken_up
 from flexlora.memory import Workload, affordable, read_bytes, type_memories
 from flexlora.methods import get_method, method_entry
-from flexlora.modeling import Model, empty_model, load_adapter
+from flexlora.modeling import Model, empty_model
 from flexlora.prompts import Template, TokenCache, end_of_turn, load_template
 from flexlora.ranks import RankPlan
 from flexlora.rundir import (
@@ -37,6 +37,7 @@ from flexlora.rundir import (
     write_text,
 )
 from flexlora.runners.choice import open_runner, refuse_runner
+from flexlora.saved import load_adapter
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Setup, first_standing, wording
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes

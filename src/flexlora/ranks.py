@@ -112,6 +112,8 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
         {str(n): _as_type(s, f"type {n}") for n, s in given["types"].items()} if given.get("types") else dict(default)
     )
     shares: dict[str, float] = {}
+    if "distribution" in given and given.get("shares"):
+        raise FlexLoraError("ranks: both distribution and shares say how many have each type; keep one of them")
     if "distribution" in given:
         name = given["distribution"]
         if not isinstance(name, str) or name not in DISTRIBUTIONS or len(types) != 4:
@@ -140,6 +142,10 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
             clients[int(client)] = spec
         else:
             label = f"client_{client}"
+            if label in types:
+                raise FlexLoraError(
+                    f"ranks: client {client} has ranks of its own, which are called {label}, as one of the types is; rename that type"
+                )
             types[label] = _as_type(spec, f"client {client}")
             clients[int(client)] = label
     if not shares and not clients:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from flexlora.checkpoint import write_durably
 from flexlora.config import Config, make_config, read_config
 from flexlora.types import FlexLoraError
 
@@ -169,10 +170,7 @@ def resumable(folder: Path) -> Iterator[None]:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_durably(temporary, text.encode())
     temporary.replace(path)
 
 

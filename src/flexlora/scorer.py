@@ -10,8 +10,9 @@ from flexlora import evaluation
 from flexlora.card import about
 from flexlora.config import Config
 from flexlora.data.records import Record
-from flexlora.modeling import Model, save_adapter
+from flexlora.modeling import Model
 from flexlora.prompts import Template, TokenCache
+from flexlora.saved import save_adapter
 from flexlora.types import Adapter, LowRank
 
 

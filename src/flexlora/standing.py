@@ -179,8 +179,12 @@ def start_from(setup: Setup, state: Any, start: Mapping[str, LowRank]) -> Any:
     return state
 
 
-FREE_TO_DIFFER = ("rounds", "output_dir", "name", "resume_from", "workers", "runner", "cache_dir")
-"""Configuration keys that resume lets differ from the checkpoint's: they change no result, and `rounds` may grow."""
+WHERE = (
+    "output_dir", "name", "resume_from", "cache_dir", "runner", "workers", "ray_address", "worker_gpus", "round_timeout"
+)  # fmt: skip
+"""Configuration keys that say where and how a run is played, and change none of its results."""
+FREE_TO_DIFFER = ("rounds", *WHERE)
+"""Those that resume lets differ from the checkpoint's: `rounds` may grow."""
 
 
 def wording(template: Template, tokenizer: Any) -> str:

@@ -19,6 +19,7 @@ from flexlora.memory import Memory
 from flexlora.ranks import REST, RankPlan, label
 from flexlora.rundir import Run, open_run
 from flexlora.spectrum import advised_ranks, beyond, by_kind, rank_for
+from flexlora.standing import WHERE
 
 
 def shown(value: float | None, digits: int = 3) -> str:
@@ -94,7 +95,7 @@ def outcome(run: Run) -> dict[str, Any]:
     }
 
 
-PLACE = ("seed", "name", "output_dir", "cache_dir", "resume_from", "workers", "runner")
+PLACE = ("seed", *WHERE)
 """Configuration keys in which runs of one group may differ: they say where and how often, not what."""
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from flexlora import evaluation, generation, lowrank, ranks, wire
 from flexlora.card import TOP, about, model_card
-from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, read_checkpoint
+from flexlora.checkpoint import DamagedError, checkpoint_folder, checkpoint_rounds, kept_up_to, read_checkpoint
 from flexlora.config import Config, make_config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import read_records
@@ -18,9 +18,10 @@ from flexlora.data.writing import new_folder
 from flexlora.engine import global_adapter
 from flexlora.evaluation import Scores
 from flexlora.launch import load, method_of, template_name
-from flexlora.modeling import ABOUT, CONFIG, TEMPLATE, Model, load_adapter, load_model, save_adapter, save_merged
+from flexlora.modeling import Model, load_model
 from flexlora.prompts import Record, Template, encode_prompt, load_template, templates
 from flexlora.rundir import Run, open_run, write_text
+from flexlora.saved import ABOUT, CONFIG, TEMPLATE, load_adapter, save_adapter, save_merged
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Standing, standing_of
 from flexlora.types import FlexLoraError, LowRank, Method
@@ -228,7 +229,7 @@ def client_adapter(run: Run, method: Method, standing: Standing, client: int) ->
     download = method.distribute(standing.state, standing.table[client])
     kept: dict[str, Any] = {}
     if parts := " and ".join(download.rule.keep):
-        file = _kept_file(run, standing.round, client)
+        file = kept_up_to(run.kept / str(client), standing.round)
         if file is None and run.config.runner == "flower":
             raise FlexLoraError(
                 f"client {client}: its {parts} stays at the site and is not here; with the site's consent, put what it keeps into "
@@ -246,12 +247,6 @@ def client_adapter(run: Run, method: Method, standing: Standing, client: int) ->
     return adapter | {module: x for module, x in download.base_delta.items() if module not in adapter}
 
 
-def _kept_file(run: Run, round: int, client: int) -> Path | None:
-    """What a client had kept after a round; None where it had not trained by then."""
-    last = f"round-{round:04d}.safetensors"
-    return max((f for f in (run.kept / str(client)).glob("round-*.safetensors") if f.name <= last), default=None)
-
-
 def _chosen(run: Run, rank: int | None, client: int | None) -> tuple[dict[str, LowRank], str, Standing]:
     """(adapter, what it is in a sentence, standing) of the best round: at one rank or the largest of each module, or a client's."""
     if rank is not None and rank < 1:
@@ -260,7 +255,7 @@ def _chosen(run: Run, rank: int | None, client: int | None) -> tuple[dict[str, L
     if client is not None:
         adapter = client_adapter(run, method, standing, client)
         what = f"What client {client} runs" + ("." if rank is None else f", cut to rank {rank}.")
-        if method.personal and _kept_file(run, standing.round, client) is None:
+        if method.personal and kept_up_to(run.kept / str(client), standing.round) is None:
             what += " It has not trained yet, and has nothing of its own."
         return adapter if rank is None else {m: lowrank.truncate(x, rank) for m, x in adapter.items()}, what, standing
     if method.personal:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from cyclopts import App
-from rich.console import Console
+
+from flexlora.commands.options import out
 
 app = App(name="flower", help="A real federation, with Flower.")
-console = Console(highlight=False)
 
 
 @app.command
@@ -33,5 +33,5 @@ def init(folder: Path, /, *, sites: int = 2, host: str = "localhost", port: int 
     from flexlora.runners.flower_folder import write_folder
 
     write_folder(folder, sites, host, port)
-    console.print(f"written: {folder}", markup=False, soft_wrap=True)
-    console.print(f"next: the commands for the server and the sites stand in {folder / 'README.md'}", markup=False)
+    out.print(f"written: {folder}", markup=False, soft_wrap=True)
+    out.print(f"next: the commands for the server and the sites stand in {folder / 'README.md'}", markup=False)

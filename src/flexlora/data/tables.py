@@ -37,7 +37,7 @@ def read_table(
     rows = _rows(str(source))
     if not rows:
         raise FlexLoraError(f"{source}: holds no rows: give a file with examples")
-    names = _columns(str(source), rows[0], columns or {})
+    names = _columns(str(source), rows, columns or {})
     records: list[Record] = []
     dropped = 0
     for number, row in enumerate(rows, start=1):
@@ -93,8 +93,9 @@ def _is_empty(item: Mapping[str, Any]) -> bool:
     return empty and not (output == "" and silence_is_asked(str(item["instruction"])))
 
 
-def _columns(source: str, row: Any, chosen: Mapping[str, str]) -> dict[str, str]:
-    there = [str(name) for name in row] if isinstance(row, dict) else []
+def _columns(source: str, rows: Sequence[Any], chosen: Mapping[str, str]) -> dict[str, str]:
+    """Field -> column, of those that any row has: a row may lack what is empty in it."""
+    there = list(dict.fromkeys(str(name) for row in rows if isinstance(row, dict) for name in row))
     for field, column in chosen.items():
         if column not in there:
             raise FlexLoraError(f"--{field} {column}: {source} has the columns {', '.join(there)}")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,11 +47,11 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
             raise FlexLoraError(f"{option} {out}: exists already: choose another folder or remove it")
         # An empty folder may be a mounted disk or the current one, which cannot be replaced.
         place = out if empty else next(folder for folder in out.absolute().parents if folder.exists())
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
+        temporary = place / f".{out.name}-{secrets.token_hex(8)}"
+        temporary.mkdir()  # not by mkdtemp, whose folders nobody else may read
     except OSError as error:
         raise FlexLoraError(f"{option} {out}: cannot be made ({error.strerror}): choose another folder") from None
     try:
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp gives 0700
         yield temporary
         if empty:
             for part in temporary.iterdir():
@@ -69,12 +68,6 @@ def new_folder(out: Path, option: str = "--out") -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_records(path: Path, records: Sequence[Record]) -> None:

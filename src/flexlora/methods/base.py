@@ -63,11 +63,19 @@ def _load_plugins() -> None:
     """Third parties register by an entry point whose object is a function without arguments that calls `register`."""
     global _plugins_loaded
     if not _plugins_loaded:
-        _plugins_loaded = True
+        _plugins_loaded = True  # first: what is loaded may ask for methods itself
         for point in entry_points(group=ENTRY_POINTS):
-            loaded = point.load()
-            if callable(loaded):
-                loaded()
+            try:
+                loaded = point.load()
+                if callable(loaded):
+                    loaded()
+            except Exception as error:
+                _plugins_loaded = False
+                reason = f"{type(error).__name__}: {error}"
+                raise FlexLoraError(
+                    f"the method of package {point.dist.name if point.dist else point.value} cannot be loaded ({reason}); "
+                    "mend or uninstall that package"
+                ) from error
 
 
 def methods() -> tuple[str, ...]:

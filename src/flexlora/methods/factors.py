@@ -51,6 +51,30 @@ def add_padded(total: Tensor | None, x: Tensor, weight: float, dim: int) -> Tens
     return total
 
 
+class PaddedMean:
+    """Σ w_i pad(A_i) and Σ w_i pad(B_i) of one module, added up one client at a time."""
+
+    def __init__(self) -> None:
+        self.B: Tensor | None = None
+        self.A: Tensor | None = None
+        self.root = 0.0
+        self.total = 0.0
+
+    def add(self, x: LowRank, weight: float, root: float) -> None:
+        """root: √(α/r) of the client; the factors are averaged with it in both (1.0: the fold as it is)."""
+        self.B = add_padded(self.B, x.B, weight / root, 1)
+        self.A = add_padded(self.A, x.A, weight * root, 0)
+        self.root += weight * root
+        self.total += weight
+
+    def mean(self) -> LowRank:
+        assert self.B is not None
+        assert self.A is not None
+        # The mean root goes back from A to B. The product is the same; without this A would grow by √(α/r) each round.
+        root = self.root / self.total
+        return LowRank(self.B * (root / self.total), self.A / (root * self.total))
+
+
 class HolderMean:
     """Mean of one factor along its rank, each direction over its holders."""
 

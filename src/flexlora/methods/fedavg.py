@@ -12,6 +12,7 @@ import torch
 
 from flexlora import lowrank
 from flexlora.methods.base import register
+from flexlora.methods.factors import received
 from flexlora.types import ClientRule, ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
 
 
@@ -31,16 +32,10 @@ def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
 def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
     means: dict[str, LowRank] = {}
     totals: dict[str, float] = {}
-    count = 0
-    for update in updates:
-        count += 1
-        for module, x in update.adapter.items():
-            assert isinstance(x, LowRank)
-            if not update.weight:
-                continue
+    for update, adapter in received(updates):
+        for module, x in adapter.items():
             if module not in means:
-                dtype = torch.promote_types(x.B.dtype, torch.float32)
-                means[module] = LowRank(x.B.to(dtype, copy=True), x.A.to(dtype, copy=True))
+                means[module] = LowRank(x.B.clone(), x.A.clone())
                 totals[module] = update.weight
                 continue
             mean = means[module]
@@ -54,8 +49,6 @@ def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
             share = update.weight / totals[module]
             mean.B.lerp_(x.B.to(mean.B), share)
             mean.A.lerp_(x.A.to(mean.A), share)
-    if not count:
-        raise ValueError("aggregate needs at least one client update")
     return State(state.round + 1, state.seed, state.shapes, {**state.adapter, **means})
 
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from flexlora import lowrank
 from flexlora.cores import each
 from flexlora.methods.base import register
-from flexlora.methods.factors import compress, first, received
-from flexlora.methods.hetlora import Mean
+from flexlora.methods.factors import PaddedMean, compress, first, received
 from flexlora.types import ClientRule, ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
 
 
@@ -35,11 +34,11 @@ def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
 
 def aggregate(state: State, updates: Iterable[ClientUpdate]) -> State:
     sums: dict[str, lowrank.Sum] = {}
-    means: dict[str, Mean] = {}
+    means: dict[str, PaddedMean] = {}
     for update, adapter in received(updates):
         for module, x in adapter.items():
             if module not in means:
-                sums[module], means[module] = lowrank.Sum(*state.shapes[module]), Mean()
+                sums[module], means[module] = lowrank.Sum(*state.shapes[module]), PaddedMean()
             mean, rank = means[module], x.A.shape[0]
             if mean.A is not None and mean.A.shape[0] != rank:
                 raise FlexLoraError(

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from flexlora import lowrank
 from flexlora.methods.base import register
-from flexlora.methods.factors import add_padded, first, received
+from flexlora.methods.factors import PaddedMean, first, received
 from flexlora.types import ClientRule, ClientUpdate, Download, FlexLoraError, Levels, LowRank, Method, Ranks, Shapes
 
 
@@ -31,30 +29,6 @@ def init(shapes: Shapes, seed: int, levels: Levels = ()) -> State:
     return State(0, seed, dict(shapes), {m: lowrank.empty(*shape) for m, shape in shapes.items()})
 
 
-class Mean:
-    """Σ w_i pad(A_i) and Σ w_i pad(B_i) of one module, added up one client at a time."""
-
-    def __init__(self) -> None:
-        self.B: Tensor | None = None
-        self.A: Tensor | None = None
-        self.root = 0.0
-        self.total = 0.0
-
-    def add(self, x: LowRank, weight: float, root: float) -> None:
-        """root: √(α/r) of the client; the factors are averaged with it in both (1.0: the fold as it is)."""
-        self.B = add_padded(self.B, x.B, weight / root, 1)
-        self.A = add_padded(self.A, x.A, weight * root, 0)
-        self.root += weight * root
-        self.total += weight
-
-    def mean(self) -> LowRank:
-        assert self.B is not None
-        assert self.A is not None
-        # The mean root goes back from A to B. The product is the same; without this A would grow by √(α/r) each round.
-        root = self.root / self.total
-        return LowRank(self.B * (root / self.total), self.A / (root * self.total))
-
-
 def scaling(update: ClientUpdate, module: str) -> float:
     if module not in update.scaling:
         raise FlexLoraError(
@@ -64,17 +38,17 @@ def scaling(update: ClientUpdate, module: str) -> float:
 
 
 def aggregate(state: State, updates: Iterable[ClientUpdate], *, handle_alpha: bool) -> State:
-    by_norm: dict[str, Mean] = {}
-    by_examples: dict[str, Mean] = {}
+    by_norm: dict[str, PaddedMean] = {}
+    by_examples: dict[str, PaddedMean] = {}
     for update, adapter in received(updates):
         for module, x in adapter.items():
             root = scaling(update, module) ** 0.5 if handle_alpha else 1.0
             weight = float(lowrank.norm(x))
             # Norms that are all zero say nothing: then the example counts are the weights.
             if weight:
-                by_norm.setdefault(module, Mean()).add(x, weight, root)
+                by_norm.setdefault(module, PaddedMean()).add(x, weight, root)
             elif module not in by_norm:
-                by_examples.setdefault(module, Mean()).add(x, update.weight, root)
+                by_examples.setdefault(module, PaddedMean()).add(x, update.weight, root)
     means = {m: mean.mean() for m, mean in {**by_examples, **by_norm}.items()}
     return State(state.round + 1, state.seed, state.shapes, {**state.adapter, **means})
 

@@ -201,7 +201,8 @@ def slora(then: str = "flexlora", sparse_rounds: int = 5, **options: Any) -> Met
     def delta(state: State) -> Mapping[str, LowRank]:
         if state.round < sparse_rounds:
             return {m: lowrank.factored(dense(state, m)) for m in state.shapes}
-        return {**successor.delta(state.inner), **state.start}
+        found = successor.delta(state.inner)  # may make its modules one by one, as they are asked for
+        return {**found, **state.start} if state.start else found
 
     def figures(state: State) -> Mapping[str, float]:
         return successor.figures(state.inner) if successor.figures and state.round > sparse_rounds else {}
