@@ -125,10 +125,14 @@ SIZES = {"fedavg": (4, 4, 4), "fedex": (4, 4, 4), "ffa": (12, 12, 12)}
 """Ranks of the clients: equal ones where the method needs them; large ones where A is never trained."""
 
 
-def held_out_loss(folder: Path, attack: str | None, method: str, rounds: int = 15, **keys: Any) -> float:
-    """Of the last round, which is what the server ends with."""
+def held_out_loss(
+    folder: Path, attack: str | None, method: str, rounds: int = 15, *, above: bool = False, **keys: Any
+) -> float:
+    """Of the last round, which is what the server ends with. `above`: who lies has the largest rank, and nobody else."""
     sizes = SIZES.get(method, (3, 4, 6))
     table: dict[int, Ranks] = {client: {"m": sizes[client % 3]} for client in range(20)}
+    if above:
+        table = {client: {"m": (3, 4)[client % 2] if client % 5 else 6} for client in table}
     both: Any = Regression(table, attack)
     values = {"participation": 1.0, "rounds": rounds, "early_stop": False, "eval_every": 0, "method": method, **keys}
     config = Config(**values, output_dir=folder, name="r")
@@ -159,10 +163,22 @@ def test_a_fifth_of_the_clients_lies_whatever_the_method(tmp_path: Path, method:
     check_attacks(tmp_path, method, (*ATTACKS, *TRICKS) if averages else ATTACKS)
 
 
+@pytest.mark.parametrize(
+    "method",
+    ["flexlora", *(pytest.param(m, marks=pytest.mark.slow) for m in ("hetlora", "flora", "florist", "rolora"))],
+)
+def test_liars_alone_with_the_largest_rank(tmp_path: Path, method: str) -> None:
+    without = held_out_loss(tmp_path / "without", "nan", method, 20, above=True, norm_factor=None)
+    for attack in ("flip", "noise", "weight"):
+        found = held_out_loss(tmp_path / attack, attack, method, 20, above=True, robust=True)
+        assert found <= 1.1 * without, attack
+
+
 def test_robust_is_refused_where_it_promises_nothing(tmp_path: Path) -> None:
-    for keys in ({"method": "rbla"}, {"method": "rbla", "baseline": "slora"}, {"method": "fedsa"}):
-        with pytest.raises(FlexLoraError, match=r"robust: does not go with method (rbla|fedsa), .*leave it out"):
-            held_out_loss(tmp_path, None, robust=True, rounds=1, **keys)
+    cases: list[tuple[str, dict[str, Any]]] = [*((m, {}) for m in NOT_ROBUST), ("rbla", {"baseline": "slora"})]
+    for name, keys in cases:
+        with pytest.raises(FlexLoraError, match=f"robust: does not go with method {name}, .*leave it out"):
+            held_out_loss(tmp_path, None, name, robust=True, rounds=1, **keys)
         assert list(tmp_path.iterdir()) == []
 
 

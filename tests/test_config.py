@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from flexlora.config import LEARNING_RATE, Config, alias_table, key_aliases, key_group, make_config, read_config
+from flexlora.launch import method_of
 from flexlora.types import FlexLoraError
 
 ORIGINAL = {
@@ -181,3 +183,39 @@ def test_the_second_stage_of_slora_is_the_one_that_was_said() -> None:
     config = make_config({"baseline": "slora", "method_options": {"then": "fedavg"}})
     with pytest.raises(FlexLoraError, match="method fedavg needs equal ranks and ranks is 'random'"):
         refuse_unequal(config, method_of(config), read_plan("random", lora_r=8, hidden_size=64))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("rounds: 7\nrounds: 1\n", "rounds stands here twice"),
+        ("ranks: {types: {a: 2, a: 3}}\n", "a stands here twice"),
+        ("name: 2001-99-99\n", "cannot be read as YAML"),
+        ("seed: !!int abc\n", "cannot be read as YAML"),
+        ("seed: !!bool foo\n", "cannot be read as YAML"),
+        ("seed: !!timestamp foo\n", "cannot be read as YAML"),
+        (f"seed: {'9' * 5000}\n", "cannot be read as YAML"),
+        ("seed: " + "[" * 3000, "cannot be read as YAML"),
+        ("? [a, b]\n: 1\n", "cannot be read as YAML"),
+        ("rounds: true\n", "rounds: must be a number, not true or false"),
+        ("dp_noise: true\n", "dp_noise: must be a number, not true or false"),
+        (f"max_examples: {10**400}\n", "max_examples: must be a number of at most 9007199254740992"),
+        (f"warmup: {10**30}\n", "warmup: must be a number of at most"),
+        ("dp_noise: 1e+200\n", "dp_noise: input should be less than or equal to 1000000"),
+        (f"method: flexlora-carry\nmethod_options: {{eta: {10**400}}}\n", "eta is 10+, it must be a number"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nrounds: [*b, *b]\n", "a"),
+    ],
+)
+def test_odd_yaml_is_one_line(tmp_path: Path, text: str, says: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(FlexLoraError, match=says) as error:
+        method_of(make_config(read_config(path), str(path)))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("method_options: &o {eta: 1.0}\nranks: {types: {<<: *o, a: 2}}\n")
+    assert read_config(path)["ranks"]["types"] == {"eta": 1.0, "a": 2}

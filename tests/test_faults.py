@@ -41,7 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "flexlora": {"ranks": "heavy_tail_strong"},
     "fedsa": {"method": "fedsa", "ranks": "homo"},  # clients keep B from round to round
     "private": {"method": "ffa", "ranks": "homo", "dp_noise": 0.5, "dp_clip": 0.1},
-    "robust": {"method": "flexlora-carry", "robust": True, "wire_dtype": "bfloat16"},
+    "robust": {"method": "flexlora", "robust": True, "wire_dtype": "bfloat16"},
 }
 
 

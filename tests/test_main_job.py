@@ -16,6 +16,7 @@ from flexlora.data.federation import open_federation
 from flexlora.launch import resume
 from flexlora.modeling import load_model
 from flexlora.rundir import Run
+from flexlora.saved import save_adapter
 from flexlora.trained import open_trained, records_of, score
 from flexlora.types import FlexLoraError, LowRank
 from tiny import tiny_federation, tiny_model
@@ -548,6 +549,57 @@ def test_data_that_changed_is_refused(tiny, tmp_path: Path) -> None:
     with pytest.raises(FlexLoraError, match=r"local_training_\d\.json: changed since the run began"):
         resume(tmp_path / "r", rounds=2)
     assert path.is_file()
+
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def cut_off_in_round_1(tiny: tuple[Path, Path], folder: Path, **keys: Any) -> Path:
+    """The folder of a run that has no checkpoint yet."""
+
+    class StopError(Exception):
+        pass
+
+    def stop(event: str, facts: Any) -> None:
+        if event == "client":
+            raise StopError
+
+    with pytest.raises(StopError):
+        run(config(tiny, folder, rounds=1, eval_every=0, **keys), stop)
+    return folder / "r"
+
+
+@pytest.mark.parametrize("what", ["data", "base", "ranks", "start"])
+def test_contents_that_changed_before_the_first_checkpoint_are_refused(tiny, tmp_path: Path, what: str) -> None:
+    model, data = Path(shutil.copytree(tiny[0], tmp_path / "model")), tiny_federation(tmp_path / "data", 6)
+    plan, keys = tmp_path / "ranks.yaml", {}
+    plan.write_text("types: {a: 2}\nshares: {a: 1.0}\n")
+    if what == "start":
+        keys["init_adapter"] = tmp_path / "start"
+        save_adapter(tmp_path / "start", {Q: LowRank(torch.ones(32, 2), torch.ones(2, 32))}, base_model="m")
+    folder = cut_off_in_round_1((model, data), tmp_path, ranks=str(plan), **keys)
+    if what == "data":
+        for name in open_federation(data).folder.glob("local_eval_*.json"):
+            name.write_text(name.read_text().replace('"output": "', '"output": "other '))
+    elif what == "base":
+        tiny_model(tmp_path / "model", seed=5)
+    elif what == "ranks":
+        plan.write_text("types: {a: 3}\nshares: {a: 1.0}\n")
+    else:
+        save_adapter(tmp_path / "start", {Q: LowRank(torch.ones(32, 2), torch.zeros(2, 32))}, base_model="m")
+    for at in (None, 0):
+        with pytest.raises(FlexLoraError, match="changed since the run began"):
+            resume(folder, at=at)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_left_as_it_is(tiny, tmp_path: Path) -> None:
+    made = run(config(tiny, tmp_path, rounds=2, eval_every=0))
+    shutil.rmtree(made.checkpoints)
+    before = content(made.folder, "**/*.*")
+    with pytest.raises(FlexLoraError, match="checkpoints: no checkpoint is left of 2 rounds; put them back"):
+        resume(made.folder)
+    assert content(made.folder, "**/*.*") == before
+    assert resume(made.folder, at=0).metrics[-1]["round"] == 2  # who says so plays it again
 
 
 def test_client_starts_from_the_best_approximation_with_mixed_alphas() -> None:

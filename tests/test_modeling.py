@@ -506,6 +506,30 @@ def test_a_model_without_safetensors_is_refused(folder: Path, tmp_path: Path) ->
     assert "safetensors" in one_line(error)
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"num_hidden_layers": 3}),
+        ("config.json", {"hidden_size": 64}),
+        ("config.json", {"num_attention_heads": 0}),
+        ("config.json", {"hidden_act": "none such"}),
+        ("config.json", []),
+        ("tokenizer.json", []),
+    ],
+)
+def test_a_model_folder_that_does_not_fit_its_weights_is_one_line(
+    folder: Path, tmp_path: Path, file: str, change: Any
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "other"))
+    was = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps({**was, **change} if change else change))
+    with pytest.raises(FlexLoraError) as error:
+        load_model(str(copy))
+    assert f"--model {copy}" in one_line(error)
+    if "num_hidden_layers" in change:
+        assert "its weights lack 9 tensors" in one_line(error)
+
+
 def test_adapters_that_do_not_fit_or_are_pickled_are_refused(model: Model, folder: Path, tmp_path: Path) -> None:
     wrong = {"model.layers.0.self_attn.q_proj": LowRank(torch.zeros(5, 2), torch.zeros(2, 32))}
     with pytest.raises(FlexLoraError, match="q_proj"):

@@ -341,9 +341,10 @@ def test_a_private_run_taken_up_again_is_the_same_run(tmp_path: Path, name: str)
 def test_a_secret_that_is_gone_or_damaged_ends_the_run(tmp_path: Path) -> None:
     run = play(tmp_path, rounds=2)
     kept = (run.folder / "secret").read_text()
-    (run.folder / "secret").write_text("no number")
-    with pytest.raises(FlexLoraError, match="secret: is damaged, and the noise"):
-        play(tmp_path, rounds=3)
+    for damaged in ("no number", kept[:32], "7", "-5", kept + "\n", ""):
+        (run.folder / "secret").write_text(damaged)
+        with pytest.raises(FlexLoraError, match="secret: is damaged, and the noise"):
+            play(tmp_path, rounds=3)
     (run.folder / "secret").unlink()
     with pytest.raises(FlexLoraError, match="secret: is gone, and the noise"):
         play(tmp_path, rounds=3)

@@ -230,3 +230,27 @@ def test_a_task_of_another_version_is_one_line(lacking: str) -> None:
     del facts[lacking]
     with pytest.raises(FlexLoraError, match="version"):
         wire.unpack_task(parcel._replace(facts=json.dumps(facts)))
+
+
+@pytest.mark.parametrize(
+    ("fact", "value"),
+    [
+        ("rule", {"train": [], "send": [], "keep": [], "prune": [0.1]}),
+        ("round", float("inf")),
+        ("client", float("inf")),
+        ("shapes", {"q_proj": [-3, 5]}),
+        ("shapes", {"q_proj": [2**62, 5]}),
+        ("shapes", {"q_proj": [True, 5]}),
+        ("mask_seed", 2**80),
+    ],
+)
+def test_a_task_that_makes_no_sense_is_one_line(fact: str, value: Any) -> None:
+    parcel = wire.pack_task(task(), seed=1, dtype=torch.float32)
+    facts = json.loads(parcel.facts)
+    assert fact in facts
+    facts[fact] = value
+    if fact == "mask_seed":  # only sparse stages look at it: any whole number will do
+        wire.unpack_task(parcel._replace(facts=json.dumps(facts)))
+        return
+    with pytest.raises(FlexLoraError, match="the task cannot be read"):
+        wire.unpack_task(parcel._replace(facts=json.dumps(facts)))

@@ -179,8 +179,11 @@ def checkpoint_folder(checkpoints: Path, round: int) -> Path:
 
 def checkpoint_rounds(checkpoints: Path) -> list[int]:
     """Rounds that have a checkpoint folder, ascending; whether one is whole shows when it is read."""
-    rounds = [p.name.removeprefix("round-") for p in checkpoints.glob("round-*") if p.is_dir()]
-    return sorted(int(r) for r in rounds if r.isdigit())
+    there = (
+        checkpoints.iterdir() if checkpoints.is_dir() else ()
+    )  # not glob, which passes over a folder that it may not read
+    rounds = [p.name.removeprefix("round-") for p in there if p.name.startswith("round-") and p.is_dir()]
+    return sorted(int(r) for r in rounds if r.isdecimal())
 
 
 def write_checkpoint(checkpoints: Path, round: int, state: Any, progress: Mapping[str, Any]) -> Path:

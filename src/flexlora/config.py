@@ -5,20 +5,25 @@ The names of the original FlexLoRA release are accepted as aliases. This file im
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from flexlora.maps import UNREADABLE, read_map
 from flexlora.types import FlexLoraError, LocalTraining
 
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-3}
 """Defaults by optimiser, from the sweep in docs/log.md; the release's 1e-6 learns nothing with LoRA."""
 
 SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+MOST = 2**53
+"""The largest number that a key may have: up to it a float tells whole numbers apart."""
 
 DECAY_AFTER = 15
 """With lr_decay, rounds after this one train at half the learning rate."""
@@ -32,7 +37,7 @@ def key(default: Any, group: str, *aliases: str, **limits: Any) -> Any:
 def _yaml_value(name: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
+    except UNREADABLE:
         raise ValueError(f"the value of {name} is no YAML; write a number, true, false or a word") from None
 
 
@@ -161,10 +166,10 @@ class Config(BaseModel):
     """What happens to a larger increment."""
     robust: bool = key(False, "Trust")
     """Bound what one client can do: in each round increments and weights are cut to their medians over the clients."""
-    dp_noise: float | None = key(None, "Trust", gt=0)
+    dp_noise: float | None = key(None, "Trust", gt=0, le=1e6)
     """Client-level differential privacy (ffa, flexlora, flexlora-carry): standard deviation of the noise in multiples of dp_clip;
     there is no early stop then, and the adapter is the last round's. null: none."""
-    dp_clip: float = key(1.0, "Trust", gt=0)
+    dp_clip: float = key(1.0, "Trust", gt=0, le=1e6)
     """Differential privacy: the norm to which a client's whole increment is clipped."""
     dp_delta: float | None = key(None, "Trust", gt=0, lt=1)
     """Differential privacy: the delta for which epsilon is told; null: num_clients to the power of -1.1."""
@@ -197,8 +202,17 @@ class Config(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _none_as_text(cls, value: Any) -> Any:
-        return None if isinstance(value, str) and value.lower() in ("none", "null") else value
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """None may be a word, and true is no number; one of more digits than a float has is a slip."""
+        if isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        numeric = {int, float} & {wanted, *get_args(wanted)}
+        if numeric and isinstance(value, bool):
+            raise ValueError("must be a number, not true or false")
+        if numeric and isinstance(value, int) and abs(value) > MOST:
+            raise ValueError(f"must be a number of at most {MOST}")
+        return value
 
     @field_validator("lora_target_modules", mode="before")
     @classmethod
@@ -327,25 +341,12 @@ def make_config(values: dict[str, Any], source: str = "") -> Config:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:1]) or "configuration"
         reason = first["msg"].removeprefix("Value error, ")
-        given = repr(first["input"])
+        given = reprlib.repr(first["input"]) if isinstance(first["input"], (dict, list)) else repr(first["input"])
         shown = given if len(given) < 60 else given[:57] + "…"
         raise FlexLoraError(f"{where}{name}: {reason[0].lower() + reason[1:]} (got {shown})") from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """The map in a YAML file. Raises FlexLoraError where there is no such file or no map in it."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FlexLoraError(f"{path}: no such file; give a YAML file of configuration keys") from None
-    except IsADirectoryError:
-        raise FlexLoraError(
-            f"{path}: is a folder; give a YAML file (to go on with a run: flexlora resume {path})"
-        ) from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FlexLoraError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise FlexLoraError(f"{path}: holds no map of keys to values; write one `key: value` a line")
+    values = read_map(path, f"a YAML file of configuration keys (to go on with a run: flexlora resume {path})")
     return {str(k): v for k, v in values.items()}

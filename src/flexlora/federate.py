@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections import Counter
 from collections.abc import Mapping
@@ -104,7 +103,7 @@ def token_of(folder: Path) -> str:
     """
     if not (folder / "config.yaml").exists():
         return secrets.token_hex(8)
-    token = json.loads((folder / "env.json").read_text(encoding="utf-8")).get("run")
+    token = Run(folder).environment.get("run")
     if token is None:
         raise FlexLoraError(f"name: {folder} is no run of a federation; choose another name")
     return token

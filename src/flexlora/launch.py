@@ -39,12 +39,14 @@ from flexlora.rundir import (
 from flexlora.runners.choice import open_runner, refuse_runner
 from flexlora.saved import load_adapter
 from flexlora.scorer import ModelScorer
-from flexlora.standing import Setup, first_standing, wording
+from flexlora.standing import Setup, contents, first_standing, wording
 from flexlora.types import FlexLoraError, Method, Ranks, Shapes
 
 NOT_ROBUST = {
     "rbla": "averages the last directions over the few clients that hold them",
     "fedsa": "keeps B at the clients, so that the server cannot tell what an A does",
+    "raflora": "averages the largest ranks' share over the clients that have them, who may all be liars",
+    "flexlora-carry": "keeps what clients of the largest rank add where no other client sees it, and they may all be liars",
 }
 """Method -> why `robust` promises nothing there."""
 
@@ -75,7 +77,7 @@ def run(config: Config, notify: Notify = silent, *, base: Mapping[str, Any] | No
     folder = run_folder(config)
     refuse_taken(folder)
     with assembled(config, folder, notify) as session, exclusive(folder):
-        made = create_run(config, folder, environment(**session.facts))
+        made = create_run(config, folder, environment(**session.facts), contents(session.setup))
         return play(session, made, None, notify, base)
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from flexlora import attention, blocks, gguf, nf4
@@ -255,8 +254,14 @@ def load_model(
     with _opening(name):
         source = _source(name, cache_dir)
         tokenizer = _tokenizer(source, trust_remote_code)
-        network: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, use_safetensors=True, output_loading_info=True
+        )
+        network, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers fills them with noise
+        raise FlexLoraError(
+            f"--model {name}: its weights lack {len(missing)} tensors of what its config.json describes, {missing[0]} first; "
+            "give a whole model"
         )
     model = Model(network, tokenizer, name=name, targets=targets, strict=strict)
     if precision == "nf4":
@@ -303,8 +308,10 @@ def _opening(name: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except FlexLoraError:
+        raise
+    except Exception as error:  # whatever somebody's folder makes of transformers
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FlexLoraError(
             f"--model {name}: cannot be loaded ({reason}); give a folder with config.json, safetensors and a tokenizer, "
             "a GGUF file, or smollm2"

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from flexlora.maps import read_map
 from flexlora.randomness import derive
 from flexlora.types import FlexLoraError, Ranks, Shapes
 
@@ -124,7 +123,7 @@ def map_plan(given: Mapping[str, Any], *, lora_r: int, hidden_size: int) -> Rank
         shares = dict(zip(types, DISTRIBUTIONS[name], strict=True))
     if given.get("shares"):
         for name, share in given["shares"].items():
-            if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share):
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise FlexLoraError(f"ranks: the share of {name} is {share!r}; write a number from 0 to 1")
         shares = {str(n): float(s) for n, s in given["shares"].items()}
         stray = set(shares) - set(types)
@@ -163,13 +162,7 @@ def read_plan(ranks: str | Mapping[str, Any], *, lora_r: int, hidden_size: int) 
     path = Path(ranks)
     if not path.is_file():
         raise FlexLoraError(f"ranks: {ranks!r} is neither a file nor one of homo, {', '.join(DISTRIBUTIONS)}")
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise FlexLoraError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(given, dict):
-        raise FlexLoraError(f"{path}: holds no map; give types and shares or clients")
-    return map_plan(given, lora_r=lora_r, hidden_size=hidden_size)
+    return map_plan(read_map(path, "a map of types, shares and clients"), lora_r=lora_r, hidden_size=hidden_size)
 
 
 def resolve(

@@ -60,7 +60,7 @@ def run_page(run: Run) -> str:
     end = (
         f"<h2>Failures and rejections</h2>{troubles}"
         + folded("Configuration", pairs(run.config.dump()))
-        + folded("Environment", pairs(_environment(run)))
+        + folded("Environment", pairs(run.environment))
     )
     name = run.folder.resolve().name
     config = run.config
@@ -72,11 +72,6 @@ def run_page(run: Run) -> str:
 def _no_scores(run: Run) -> str:
     scored = any(m["eval"] for m in run.metrics) or (run.folder / "answers.json").is_file()
     return "" if scored else "No held-out scores: the key eval_every was 0, or the data have no global_test.json."
-
-
-def _environment(run: Run) -> Mapping[str, Any]:
-    path = run.folder / "env.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def run_facts(run: Run) -> dict[str, str]:

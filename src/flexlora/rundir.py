@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -49,8 +50,17 @@ class Run:
     @property
     def base(self) -> dict[str, Any]:
         """Scores of the base model before any training: {"validation": …, "eval": …}; {} where they were not taken."""
-        path = self.folder / "base.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return _read_object(self.folder / "base.json", "remove it, and `flexlora resume` scores the base model again")
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What env.json says; {} where there is none."""
+        return _read_object(self.folder / "env.json", "mend or remove it")
+
+    @property
+    def contents(self) -> dict[str, Any]:
+        """Fingerprints of what the run was made of when it began (`flexlora.standing.contents`); {} where there are none."""
+        return _read_object(self.folder / "contents.json", "put it back, or start a new run")
 
     @property
     def best_round(self) -> int | None:
@@ -98,12 +108,31 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def create_run(config: Config, folder: Path, environment: Mapping[str, Any]) -> Run:
-    """Make a new run in a folder: env.json, and config.yaml last. Raises FlexLoraError where a run stands there already."""
+def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise FlexLoraError(f"{path}: cannot be read ({error}); {remedy}") from None
+    return found
+
+
+def create_run(
+    config: Config, folder: Path, environment: Mapping[str, Any], contents: Mapping[str, Any] | None = None
+) -> Run:
+    """Make a new run in a folder: env.json, contents.json where there are any, and config.yaml last.
+
+    Raises FlexLoraError where a run stands there already.
+    """
     refuse_taken(folder)
     try:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_text(folder / "env.json", json.dumps(environment, indent=2) + "\n")
+        if contents is not None:
+            write_text(folder / "contents.json", json.dumps(contents) + "\n")
         write_text(folder / "config.yaml", _yaml(config))
     except OSError as error:
         reason = error.strerror or error
@@ -190,10 +219,10 @@ def secret(folder: Path) -> int:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    try:
-        return int(path.read_text(), 16)
-    except ValueError:
-        raise FlexLoraError(f"{path}: is damaged, and the noise of this run with it; start a new run") from None
+    text = path.read_bytes()
+    if not re.fullmatch(rb"[0-9a-f]{64}", text):
+        raise FlexLoraError(f"{path}: is damaged, and the noise of this run with it; start a new run")
+    return int(text, 16)
 
 
 def append_metrics(folder: Path, line: Mapping[str, Any]) -> None:

@@ -98,9 +98,7 @@ class Standing:
         index = {tuple(kind.items()): i for i, kind in enumerate(kinds)}
         return {
             "config": setup.config.dump(),
-            "data": setup.data.fingerprint() if setup.data else None,
-            "base": setup.base,
-            "wording": setup.wording,
+            **contents(setup),
             "shapes": {module: list(shape) for module, shape in setup.shapes.items()},
             "kinds": [dict(kind) for kind in kinds],
             "table": [[client, index[tuple(r.items())]] for client, r in self.table.items()],
@@ -202,12 +200,19 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     """
     rounds = checkpoint_rounds(run.checkpoints)
     shown = ", ".join(map(str, rounds)) or "none"
+    played = len(run.metrics)
+    if (
+        played > 1 and not rounds and at != 0
+    ):  # a line comes before its checkpoint: one alone may be of a first round that was cut off
+        raise FlexLoraError(
+            f"{run.checkpoints}: no checkpoint is left of {played} rounds; put them back, or start a new run"
+        )
     if at is not None and at not in (0, *rounds):
         raise FlexLoraError(f"resume_from: round {at} has no checkpoint in {run.folder}; there are: {shown}")
     if at is not None and setup.config.rounds < at:
         raise FlexLoraError(f"rounds: {setup.config.rounds} are fewer than resume_from {at}; raise --rounds")
     # Before a checkpoint is read: the state of another method would look damaged.
-    refuse_changes(setup, {"config": run.config.dump()}, run)
+    refuse_changes(setup, {"config": run.config.dump(), **run.contents}, run)
     prototype = setup.method.init(setup.shapes, setup.config.seed, ranks.distinct(setup.table.values()))
     standing, progress = None, {}
     for round in [at] if at else reversed(rounds):
@@ -242,6 +247,20 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     return standing
 
 
+def contents(setup: Setup) -> dict[str, Any]:
+    """Fingerprints of what a run is made of where its configuration has but a name or a path."""
+    file = isinstance(setup.config.ranks, str) and Path(setup.config.ranks).is_file()
+    table = sorted((client, sorted(ranks.items())) for client, ranks in setup.table.items())
+    start = {m: b"".join(t.contiguous().numpy().tobytes() for t in x) for m, x in (setup.start or {}).items()}
+    return {
+        "base": setup.base,
+        "wording": setup.wording,
+        "ranks": hashlib.sha256(json.dumps(table).encode()).hexdigest() if file else None,
+        "start": {m: hashlib.sha256(x).hexdigest() for m, x in start.items()},
+        "data": setup.data.fingerprint() if setup.data else None,
+    }
+
+
 def refuse_changes(setup: Setup, was: Mapping[str, Any], run: Run) -> None:
     """Raise FlexLoraError naming the first configuration key, or the weights, template or data file, that differs from what was."""
     old, new = was["config"], setup.config.dump()
@@ -251,14 +270,16 @@ def refuse_changes(setup: Setup, was: Mapping[str, Any], run: Run) -> None:
                 f"{run.folder}: {name} is {new[name]!r} now and was {old.get(name)!r} when the run began; "
                 "set it back, or start a new run"
             )
-    contents = {
-        "base": (setup.base, f"the weights of {setup.config.model}"),
-        "wording": (setup.wording, f"the template {setup.template}"),
+    what = {
+        "base": f"the weights of {setup.config.model}",
+        "wording": f"the template {setup.template}",
+        "ranks": f"the file {setup.config.ranks}",
+        "start": f"the adapter {setup.config.init_adapter}",
     }
-    for name, (now, what) in contents.items():
-        if was.get(name, now) != now:
+    for name, now in contents(setup).items():
+        if name in what and was.get(name, now) != now:
             raise FlexLoraError(
-                f"{run.folder}: {what} changed since the run began; put back what it was, or start a new run"
+                f"{run.folder}: {what[name]} changed since the run began; put back what it was, or start a new run"
             )
-    if setup.data is not None and "data" in was:
+    if setup.data is not None and was.get("data"):
         setup.data.check_unchanged(was["data"])

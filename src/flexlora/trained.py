@@ -217,7 +217,7 @@ def standing_at(run: Run, round: int | None = None) -> tuple[Method, Standing, M
         progress = json.loads((folder / "state.json").read_text())["progress"]
         shapes = {module: (rows, columns) for module, (rows, columns) in progress["shapes"].items()}
         state, progress = read_checkpoint(folder, method.init(shapes, run.config.seed, progress["kinds"]))
-    except (DamagedError, OSError, ValueError, KeyError) as error:
+    except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FlexLoraError(f"{folder}: is damaged ({error}); go on with `flexlora resume {run.folder}`") from None
     return method, standing_of(wanted, state, progress), progress
 
@@ -288,12 +288,10 @@ def export(
         adapter, what, standing = _chosen(run, rank, client)
         config = run.config
         line = run.line(standing.round)
-        path = run.folder / "env.json"
-        made = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         facts = {
             "ranks": ranks.counts(standing.table.values()),
             "clients": len(standing.table),
-            "template": made.get("template", config.prompt_template),
+            "template": run.environment.get("template", config.prompt_template),
         }
         # The run's own copy first: a template file may have been changed or moved since. `auto` is left to the tokenizer.
         name = asked(run.adapter, TEMPLATE_ONLY).get("prompt_template", facts["template"])

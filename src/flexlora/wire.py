@@ -36,6 +36,9 @@ from flexlora.types import (
 
 PARTS = ("A", "B", "values")
 
+LARGEST = 2**24
+"""Rows or columns that a task may speak of: what is made of their number must have an end, whoever sends it."""
+
 METRICS = (
     "train_loss",
     "first_loss",
@@ -211,6 +214,8 @@ def unpack_task(parcel: Parcel) -> tuple[TrainTask | EvalTask, LocalTraining, to
         received = decode(parcel.adapter)
         adapter: dict[str, LowRank | Sparse] = {}
         for module, (rows, columns) in facts["shapes"].items():
+            if not all(type(size) is int and 0 < size <= LARGEST for size in (rows, columns)):
+                raise ValueError(f"{module} cannot have {rows!r} rows and {columns!r} columns")
             got = {part: t.float() for part, t in received[module].items()}
             if "values" in got:
                 index = mask(facts["mask_seed"], module, (rows, columns), len(got["values"]))
@@ -229,7 +234,7 @@ def unpack_task(parcel: Parcel) -> tuple[TrainTask | EvalTask, LocalTraining, to
             return EvalTask(number, client, download, int(facts["examples"])), training, dtype
         needed = tuple(int(round) for round in facts["needed"])
         task = TrainTask(number, client, facts["ranks"], download, training, facts["seed"], facts["base"], needed)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
         raise FlexLoraError(
             f"the task cannot be read ({type(error).__name__}: {error}); install the server's version of flexlora"
         ) from None

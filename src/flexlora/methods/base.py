@@ -107,10 +107,17 @@ def get_method(name: str, /, **options: Any) -> Method:
     return entry.make(**{option: _checked(name, option, value, kinds.get(option)) for option, value in options.items()})
 
 
+def _finite(x: Any) -> bool:
+    try:
+        return math.isfinite(x)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
 KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
     bool: ("true or false", lambda x: isinstance(x, bool)),
     int: ("a whole number", lambda x: isinstance(x, Integral) and not isinstance(x, bool)),
-    float: ("a number", lambda x: isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)),
+    float: ("a number", lambda x: isinstance(x, Real) and not isinstance(x, bool) and _finite(x)),
     str: ("a word", lambda x: isinstance(x, str)),
     type(None): ("null", lambda x: x is None),
 }
