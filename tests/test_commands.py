@@ -394,3 +394,39 @@ def test_bash_completes_commands_options_and_choices(command: Command, tmp_path:
 def test_every_key_is_an_option_of_run() -> None:
     known = {name for argument in app["run"].assemble_argument_collection() for name in argument.names}
     assert {f"--{key}" for key in Config.model_fields} <= known
+
+
+def test_resuming_a_finished_run_says_that_nothing_is_left(command: Command, run: Run) -> None:
+    code, said, _ = command("resume", str(run.folder))
+    rounds = run.config.rounds
+    assert code == 0
+    assert f"all {rounds} rounds are played: --rounds {rounds + 1} or more would go on" in said
+
+
+def test_a_run_counts_once_in_a_report(command: Command, run: Run) -> None:
+    again = run.folder / ".." / run.folder.name
+    assert command("report", str(run.folder), str(again)) == (
+        2,
+        "",
+        f"flexlora: {again}: is named twice; name each run once\n",
+    )
+
+
+def test_what_the_system_refuses_is_one_line(command: Command) -> None:
+    code, said, error = command("report", "x" * 300)
+    assert (code, said) == (2, "")
+    assert error == f"flexlora: {'x' * 300}/config.yaml: File name too long; mend that, or name another place\n"
+
+
+@pytest.mark.parametrize(
+    ("memory", "then"),
+    [
+        ("8GB", "flexlora run --model {} --ranks auto --client_memory default=8GB …"),
+        ("1MB", "flexlora ranks --model {} --memory 1MB --cutoff_len 32"),
+    ],
+)
+def test_ranks_that_fit_or_do_not_lead_on(command: Command, run: Run, memory: str, then: str) -> None:
+    model = run.config.model
+    code, said, _ = command("ranks", "--model", model, "--memory", memory, "--cutoff_len", "64")
+    assert code == 0
+    assert f"next: {then.format(model)}" in said.replace("\n", "")

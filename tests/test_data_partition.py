@@ -234,10 +234,12 @@ def test_what_is_not_there_gets_one_line(tmp_path: Path, monkeypatch):
         read_table(tmp_path / "a.csv")
     (tmp_path / "a.parquet").write_text("x")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(FlexLoraError, match=r"a Parquet file needs pyarrow: pip install 'flexlora\[data\]'"):
+    with pytest.raises(
+        FlexLoraError, match=r"a Parquet file needs pyarrow: `pip install '\.\[data\]'` in flexlora's clone"
+    ):
         read_table(tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(FlexLoraError, match=r"needs datasets: pip install 'flexlora\[data\]'"):
+    with pytest.raises(FlexLoraError, match=r"needs datasets: `pip install '\.\[data\]'` in"):
         read_table("someone/something")
 
 

@@ -33,7 +33,15 @@ def line(round: int, **more: Any) -> dict[str, Any]:
 
 
 def events(rounds: int) -> list[tuple[str, dict[str, Any]]]:
-    start = {"ranks": {"8": 4}, "clients": 4, "method": "flexlora", "modules": 7, "model": "some/model", "round": 0}
+    start = {
+        "ranks": {"8": 4},
+        "clients": 4,
+        "method": "flexlora",
+        "modules": 7,
+        "model": "some/model",
+        "round": 0,
+        "rounds": rounds,
+    }
     told: list[tuple[str, dict[str, Any]]] = [("start", start), ("base", {"validation": {"loss": 3.0}})]
     for number in range(1, rounds + 1):
         told.append(("round", {"round": number, "rounds": rounds, "clients": [3, 4], "attempt": 0}))

@@ -115,5 +115,5 @@ def test_the_memory_advisor_counts_four_bits(folder: Path) -> None:
 
 def test_without_the_library_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(FlexLoraError, match=r"--precision nf4: needs bitsandbytes; pip install 'flexlora\[qlora\]'"):
+    with pytest.raises(FlexLoraError, match=r"--precision nf4: needs bitsandbytes; `pip install '\.\[qlora\]'` in"):
         load_model(str(folder), precision="nf4")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import resource
 import shutil
@@ -9,14 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+import flexlora
 from console import Command, Done, refused
-from flexlora import modeling, saved, trained
+from flexlora import client, modeling, saved, trained
 from flexlora.config import Config
 from flexlora.data import writing
 from flexlora.data.demo import write_demo
@@ -27,7 +32,7 @@ from flexlora.runners import flower_folder
 from flexlora.sampling import participants
 from flexlora.saved import load_adapter
 from flexlora.trained import export, open_trained
-from flexlora.types import FlexLoraError
+from flexlora.types import ClientRule, Download, FlexLoraError, LocalTraining, LowRank, TrainTask
 from tiny import tiny_federation, tiny_model
 
 ROWS = "".join(f'{{"instruction": "Say {i}.", "output": "{i}"}}\n' for i in range(40))
@@ -323,3 +328,25 @@ def test_help_is_true_of_lengths_and_passes(command: Command) -> None:
     said = " ".join(command("run", "--help").said.replace("│", " ").split())
     assert "the result only through dropout" in said
     assert "where the answer alone is longer" in said
+
+
+def test_what_a_client_keeps_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = {"m": LowRank(torch.ones(4, 2), torch.ones(2, 3))}
+    task = TrainTask(3, 1, {"m": 2}, Download(adapter, {}, ClientRule(keep=("B",))), LocalTraining(), 0)
+    site: Any = SimpleNamespace(kept=tmp_path)
+    client.keep(site, task, adapter)
+    kept = tmp_path / "1" / "round-0003.safetensors"
+    assert list(kept.parent.iterdir()) == [kept]
+
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(client, "write_durably", full)
+    with pytest.raises(OSError, match="No space left"):
+        client.keep(site, replace(task, round=4), adapter)
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_what_users_import_is_listed() -> None:
+    assert {"Config", "run", "resume", "Run"} <= set(dir(flexlora))

@@ -118,14 +118,14 @@ def test_workers_share_the_threads(tiny: tuple[Path, Path], tmp_path: Path, monk
 def test_ray_gives_the_states_of_one_process_though_an_actor_is_killed_in_a_round(
     tiny: tuple[Path, Path], tmp_path: Path, expected: Run
 ) -> None:
-    pytest.importorskip("ray", reason="needs ray: pip install 'flexlora[ray]'")
+    pytest.importorskip("ray", reason="needs ray: pip install '.[ray]'")
     notify, killed = killer("ray::Desk")
     same(played(tiny, tmp_path, notify, runner="ray", workers=2), expected)
     assert len(killed) == 1
 
 
 def test_room_is_counted_machine_by_machine_and_a_share_of_a_gpu_lies_on_one() -> None:
-    pytest.importorskip("ray", reason="needs ray: pip install 'flexlora[ray]'")
+    pytest.importorskip("ray", reason="needs ray: pip install '.[ray]'")
     from flexlora.runners.ray import places
 
     two = {"CPU": 8.0, "GPU": 2.0}
@@ -137,7 +137,7 @@ def test_room_is_counted_machine_by_machine_and_a_share_of_a_gpu_lies_on_one() -
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[str]:
     """Address of a Ray that says it has one GPU, in processes of its own."""
-    pytest.importorskip("ray", reason="needs ray: pip install 'flexlora[ray]'")
+    pytest.importorskip("ray", reason="needs ray: pip install '.[ray]'")
     port = free_port()
     words = ["start", "--head", "--block", f"--port={port}", "--num-cpus=2", "--num-gpus=1", "--disable-usage-stats"]
     words += ["--include-dashboard=false", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"]

@@ -30,6 +30,10 @@ _homes = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted((*__all__, "__version__"))
+
+
 def __getattr__(name: str) -> Any:
     if name in _homes:
         return getattr(import_module(_homes[name]), name)

@@ -102,6 +102,8 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:  # a folder without permission, a name that is too long: where no command says more
+        fail(f"{error.filename or 'the system'}: {error.strerror or error}; mend that, or name another place")
 
 
 def fail(message: str) -> None:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 
 from flexlora import evaluation, training, wire
-from flexlora.checkpoint import kept_file, kept_up_to, thin_out
+from flexlora.checkpoint import kept_file, kept_up_to, sync_folder, thin_out, write_durably
 from flexlora.config import Config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
@@ -205,7 +205,11 @@ def keep(site: Site, task: TrainTask, adapter: Adapter) -> None:
     path = kept_file(site.kept / str(task.client), task.round)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(wire.encode(adapter, parts))
-    temporary.replace(path)
+    try:
+        write_durably(temporary, wire.encode(adapter, parts))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
     if task.needed:
         thin_out(path.parent, {*task.needed, task.round})

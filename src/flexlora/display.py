@@ -78,7 +78,9 @@ class Display:
         self.say(
             f"{facts['clients']} clients ({held}), method {facts['method']}, {facts['modules']} modules of {model}"
         )
-        if facts["round"]:
+        if facts["round"] >= facts["rounds"]:
+            self.say(f"all {facts['rounds']} rounds are played: --rounds {facts['rounds'] + 1} or more would go on")
+        elif facts["round"]:
             self.say(f"going on after round {facts['round']}")
         # Rounds that an earlier process played took none of this one's time: they are not in the bar's total.
         self.done = facts["round"]

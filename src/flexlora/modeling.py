@@ -302,12 +302,9 @@ def _tokenizer(source: str, trust_remote_code: bool) -> Any:
 @contextmanager
 def _opening(name: str) -> Iterator[None]:
     """Without transformers' progress bars; what it cannot read is one line."""
-    from transformers.utils import logging
-
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        yield
+        with without_bars():
+            yield
     except FlexLoraError:
         raise
     except Exception as error:  # whatever somebody's folder makes of transformers
@@ -316,6 +313,17 @@ def _opening(name: str) -> Iterator[None]:
             f"--model {name}: cannot be loaded ({reason}); give a folder with config.json, safetensors and a tokenizer, "
             "a GGUF file, or smollm2"
         ) from error
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without transformers' own progress bars."""
+    from transformers.utils import logging
+
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         if bars:
             logging.enable_progress_bar()

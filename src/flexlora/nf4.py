@@ -22,7 +22,9 @@ def library() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError:
-        raise FlexLoraError("--precision nf4: needs bitsandbytes; pip install 'flexlora[qlora]'") from None
+        raise FlexLoraError(
+            "--precision nf4: needs bitsandbytes; `pip install '.[qlora]'` in flexlora's clone"
+        ) from None
     return functional
 
 

@@ -152,7 +152,7 @@ def event(noise: float, rate: float, rounds: int) -> Any:
         import dp_accounting
     except ImportError:
         raise FlexLoraError(
-            "dp_noise: needs the library dp-accounting; install it with `pip install 'flexlora[privacy]'`"
+            "dp_noise: needs the library dp-accounting; install it with `pip install '.[privacy]'` in flexlora's clone"
         ) from None
     once = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
     return dp_accounting.SelfComposedDpEvent(once, rounds)

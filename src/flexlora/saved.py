@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flexlora.modeling import Model, Scaling, scaling
+from flexlora.modeling import Model, Scaling, scaling, without_bars
 from flexlora.prompts import Template, load_template, templates
 from flexlora.types import FlexLoraError, LowRank, Shapes
 
@@ -213,7 +213,8 @@ def save_merged(
             weight = state[f"{module}.weight"]
             delta = sum(((x.B.double() @ x.A.double()) for x in terms), torch.zeros(()))
             state[f"{module}.weight"] = (weight.double() + delta.to(weight.device)).to(weight.dtype)
-    network.save_pretrained(folder, state_dict=state)
+    with without_bars():
+        network.save_pretrained(folder, state_dict=state)
     try:
         model.tokenizer.save_pretrained(folder)
     except Exception as error:

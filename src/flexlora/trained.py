@@ -264,7 +264,8 @@ def _chosen(run: Run, rank: int | None, client: int | None) -> tuple[dict[str, L
     if rank is None:
         return global_adapter(method, standing.state, top), TOP, standing
     at = {m: min(rank, *progress["shapes"][m]) for m in top}
-    what = f"The best approximation of the global delta weight at rank {rank} in every module."
+    what = f"The best approximation of the global delta weight at rank {rank} in every module"
+    what += "." if min(at.values()) == rank else ", or at the largest that its shape allows."
     return global_adapter(method, standing.state, at), what, standing
 
 

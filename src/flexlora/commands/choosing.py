@@ -106,6 +106,11 @@ def ranks(
     out.print(memory_table(plan, needed, budget))
     if budget is not None:
         best = affordable(needed, budget)
-        remedy = "none: try a smaller --micro_batch_size or --cutoff_len"
+        remedy = "none: try a smaller --micro_batch_size or --cutoff_len, or a smaller model"
         out.print(f"largest that fits {memory}: {best or remedy}", markup=False)
-    next_step(f"flexlora run --ranks {name} …")
+        if best:
+            next_step(f"flexlora run --model {model} --ranks auto --client_memory default={memory} …")
+        else:
+            next_step(f"flexlora ranks --model {model} --memory {memory} --cutoff_len {max(1, cutoff_len // 2)}")
+        return
+    next_step(f"flexlora run --model {model} --ranks {name} …")

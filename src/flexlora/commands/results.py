@@ -35,6 +35,8 @@ def report(runs: list[Path], /, *, out_file: Out = None) -> None:
     from flexlora.rundir import open_run
     from flexlora.tables import report_table
 
+    if twice := [run for i, run in enumerate(runs) if run.resolve() in [other.resolve() for other in runs[:i]]]:
+        raise FlexLoraError(f"{twice[0]}: is named twice; name each run once")
     path = write_report(runs, out_file)
     out.print(report_table(runs))
     out.print(f"report: {path}", markup=False, soft_wrap=True)

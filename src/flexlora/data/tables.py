@@ -197,7 +197,7 @@ def _optional(module: str, what: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         package = module.split(".")[0]
-        raise FlexLoraError(f"{what} needs {package}: pip install 'flexlora[data]'") from None
+        raise FlexLoraError(f"{what} needs {package}: `pip install '.[data]'` in flexlora's clone") from None
 
 
 def _line(error: Exception) -> str:

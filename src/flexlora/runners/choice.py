@@ -19,7 +19,9 @@ def refuse_runner(config: Config) -> None:
             "runner: a federation is started by Flower: `flexlora flower init DIR` writes the app and the commands"
         )
     if config.runner == "ray" and find_spec("ray") is None:
-        raise FlexLoraError("runner: ray is not installed; `pip install 'flexlora[ray]'`, or choose --runner local")
+        raise FlexLoraError(
+            "runner: ray is not installed; `pip install '.[ray]'` in flexlora's clone, or choose --runner local"
+        )
 
 
 def open_runner(

@@ -1,6 +1,6 @@
 """A federation of Flower (flwr 1.41): the server's runner over a grid, and what a site does with a message.
 
-Needs the extra: `pip install 'flexlora[flower]'`. A message holds one `Parcel`: JSON facts in a ConfigRecord, safetensors
+Needs the extra: `pip install '.[flower]'` in flexlora's clone. A message holds one `Parcel`: JSON facts in a ConfigRecord, safetensors
 bytes in an ArrayRecord. From a site leave its capabilities (number of examples, rank or memory, its number), adapters,
 figures of its training and its validation loss; its examples do not.
 """

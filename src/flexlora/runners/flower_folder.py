@@ -151,7 +151,7 @@ def write_folder(folder: Path, sites: int = 2, host: str = "localhost", port: in
             "hyphens, a name in other letters as xn--…"
         )
     if find_spec("flwr") is None:
-        raise FlexLoraError("flower init: Flower is not installed; `pip install 'flexlora[flower]'`")
+        raise FlexLoraError("flower init: Flower is not installed; `pip install '.[flower]'` in flexlora's clone")
     with new_folder(folder, "flower init") as root:
         _write_parts(root, folder.resolve(), sites, host, port)
 

@@ -1,6 +1,6 @@
 """Ray actors: many GPUs or machines of one owner. One actor a slot, each with its own base model.
 
-Needs the extra: `pip install 'flexlora[ray]'`. Without `ray_address` a Ray of its own is started on this machine and
+Needs the extra: `pip install '.[ray]'` in flexlora's clone. Without `ray_address` a Ray of its own is started on this machine and
 stopped in the end; with it the actors run wherever the cluster has room, and data and model must have the same path
 there (or the model a name that every machine can load).
 """
