@@ -31,4 +31,5 @@ def main() -> None:
     print(f"{given.out}: {len(found)} clients; next: flexlora sweep configs/results.yaml")
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from flexlora.checkpoint import kept_file, kept_up_to, sync_folder, thin_out, wr
 from flexlora.config import Config
 from flexlora.data.federation import open_federation
 from flexlora.data.records import Record
-from flexlora.modeling import Model, load_model, scaling
+from flexlora.modeling import Model, load_model, scalings
 from flexlora.processor import give_back
 from flexlora.prompts import TokenCache, load_template
 from flexlora.types import (
@@ -125,13 +125,8 @@ def arrived(answer: Parcel, task: TrainTask, dtype: torch.dtype) -> ClientUpdate
         return ClientFailure(task.client, f"rejected: {error}")
     if isinstance(update, ClientFailure):
         return update
-    sent = task.download.adapter
     # The scaling follows from the task: it need not be asked for, and cannot be lied about.
-    scales = {
-        module: scaling(task.training.alpha, len(x.A), task.training.scaling)
-        for module, x in sent.items()
-        if isinstance(x, LowRank)
-    }
+    scales = scalings(task.download.adapter, task.training.alpha, task.training.scaling)
     metrics = {**update.metrics, "bytes_down": wire.bytes_down(task.download, dtype)}
     return replace(update, scaling=scales, metrics=metrics)
 
@@ -151,8 +146,7 @@ def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> Cl
         template = load_template(training_settings.template)
         records = site.federation.eval(task.client)[: task.examples]
         examples = site.tokens.encode_all(records, template, site.model.tokenizer, training_settings.cutoff_len)
-        ranks = {m: x.A.shape[0] for m, x in download.adapter.items() if isinstance(x, LowRank)}
-        factors = {m: scaling(training_settings.alpha, r, training_settings.scaling) for m, r in ranks.items()}
+        factors = scalings(download.adapter, training_settings.alpha, training_settings.scaling)
         site.model.attach(download.adapter, base_delta=download.base_delta, scaling=factors)
         result = evaluation.loss(
             site.model.network,

@@ -15,12 +15,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from flexlora.maps import UNREADABLE, read_map
-from flexlora.types import FlexLoraError, LocalTraining
+from flexlora.types import SEVEN_PROJECTIONS, FlexLoraError, LocalTraining
 
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-3}
 """Defaults by optimiser, from the sweep in docs/log.md; the release's 1e-6 learns nothing with LoRA."""
-
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 MOST = 2**53
 """The largest number that a key may have: up to it a float tells whole numbers apart."""

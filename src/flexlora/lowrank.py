@@ -89,7 +89,9 @@ def factored(x: Matrix) -> LowRank:
 def stack(xs: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """The exact weighted sum Σ w_i B_i A_i in factored form, rank Σ r_i; the weights go into B.
 
-    Raises ValueError where `xs` is empty.
+    Args:
+        xs: B (d_out, r_i) and A (r_i, d_in) each.
+        weights: one for each of xs, else ValueError, which is raised where `xs` is empty too.
     """
     if not xs:
         raise ValueError("stack needs at least one factor pair")
@@ -348,7 +350,10 @@ def singular_values(x: Matrix) -> Tensor:
 
 
 def truncate(x: Matrix, rank: int) -> LowRank:
-    """argmin over X of ‖X − B A‖_F subject to rank X ≤ rank (Eckart–Young): B = U S, A = Vᵀ."""
+    """argmin over X of ‖X − B A‖_F subject to rank X ≤ rank (Eckart–Young): B = U S (d_out, k), A = Vᵀ (k, d_in).
+
+    k = min(rank, d_out, d_in), of factors at most their own rank too: `at_rank` gives directions to train beyond it.
+    """
     U, S, Vt = svd(x, rank)
     return LowRank(U * S, Vt)
 

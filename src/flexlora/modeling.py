@@ -21,9 +21,8 @@ from flexlora import attention, blocks, gguf, nf4
 from flexlora.adapted import AdaptedLinear, Factors, FrozenLinear, Scattered, adapt, freeze
 from flexlora.logits import side_by_side
 from flexlora.processor import multiplies_bfloat16
-from flexlora.types import Adapter, FlexLoraError, LowRank, Shapes, Sparse
+from flexlora.types import SEVEN_PROJECTIONS, Adapter, FlexLoraError, LowRank, Shapes, Sparse
 
-SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LARGE = 256
 """Hidden size from which bfloat16 pays on a processor that multiplies it by itself (docs/log.md)."""
@@ -36,6 +35,11 @@ def scaling(alpha: float, rank: int, kind: Scaling) -> float:
     if rank == 0:
         return 1.0
     return alpha / (rank if kind == "alpha_over_r" else math.sqrt(rank))
+
+
+def scalings(adapter: Adapter, alpha: float, kind: Scaling) -> dict[str, float]:
+    """`scaling` of each module that has factors, by its own rank."""
+    return {m: scaling(alpha, len(x.A), kind) for m, x in adapter.items() if isinstance(x, LowRank)}
 
 
 class Model:

@@ -21,7 +21,7 @@ from flexlora.attention import Between
 from flexlora.cores import each
 from flexlora.likelihood import negative_log_likelihood
 from flexlora.logits import bare_head, said
-from flexlora.modeling import Model, scaling
+from flexlora.modeling import Model, scalings
 from flexlora.randomness import derive, generator
 from flexlora.rows import LANE, Rows, Tokens, collate, common_beginning, fill, halved, halves, label_tokens
 from flexlora.types import Adapter, ClientUpdate, LocalTraining, LowRank, TrainTask
@@ -80,11 +80,7 @@ def train_client(
     labels = [label_tokens(x, training.train_on_inputs) for x in examples]
     if not sum(labels):
         raise ValueError(f"client {task.client} has no training example with a label token")
-    scales = {
-        m: scaling(training.alpha, len(x.A), training.scaling)
-        for m, x in task.download.adapter.items()
-        if isinstance(x, LowRank)
-    }
+    scales = scalings(task.download.adapter, training.alpha, training.scaling)
     model.attach(
         task.download.adapter,
         base_delta=task.download.base_delta,

@@ -30,6 +30,10 @@ class FlexLoraError(Exception):
         super().__init__(printable(message))
 
 
+SEVEN_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The linear layers of a block of the LLaMA kind, which are adapted unless others are named."""
+
+
 class LowRank(NamedTuple):
     """One adapted module, factored: its delta weight is ``B @ A``.
 
@@ -120,7 +124,8 @@ class Method:
     """
 
     init: Callable[..., Any]
-    """``(shapes, seed, levels=()) -> State``: levels are the ranks that may occur; they bound work, not results."""
+    """``(shapes, seed, levels=()) -> State``: levels are the ranks that may occur. They bound work; what nobody could
+    be given (raflora, slora's switch) may be dropped."""
     aggregate: Callable[[Any, Iterable[ClientUpdate]], Any]
     """``(State, updates) -> State``: one pass in the caller's order, nothing of the input is changed. No update: ValueError."""
     distribute: Callable[[Any, Ranks], Download]

@@ -8,8 +8,8 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from flexlora.commands.options import next_step, out
-from flexlora.config import SEVEN_PROJECTIONS, make_config
-from flexlora.types import FlexLoraError
+from flexlora.config import make_config
+from flexlora.types import SEVEN_PROJECTIONS, FlexLoraError
 
 
 def methods() -> None:
