@@ -234,6 +234,8 @@ def test_changed_configuration_is_refused(tmp_path: Path) -> None:
         play(tmp_path, NoisyRunner(), setup_of(tmp_path, learning_rate=0.5))
     more = play(tmp_path, NoisyRunner(), setup_of(tmp_path, rounds=6))
     assert [line["round"] for line in more.metrics] == [1, 2, 3, 4, 5, 6]
+    elsewhere = {"runner": "ray", "workers": 2, "ray_address": "auto", "worker_gpus": 0.5, "round_timeout": 9.0}
+    assert len(play(tmp_path, NoisyRunner(), setup_of(tmp_path, rounds=7, **elsewhere)).metrics) == 7
 
 
 def held(run: Run) -> tuple[list[int], bytes]:

@@ -82,6 +82,8 @@ def test_a_killed_site_is_survived_and_a_killed_superlink_is_gone_on_from(tmp_pa
         until(lambda: "ROUND 2]" in town.log("site-1"), LONG, "site 1's message of round 2")
         town.kill("site-1")
         until(lambda: town.played(2), LONG, "a round without the killed site")
+        # A line comes before its checkpoint: killed between the two, the round would be played again.
+        until(lambda: (done / "checkpoints" / "round-0002").is_dir(), 60, "its checkpoint")
         town.kill("superlink")
         town.kill("run")
         before = (done / "metrics.jsonl").read_text().splitlines()[:2]

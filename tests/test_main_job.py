@@ -318,7 +318,13 @@ def test_export_of_a_client_has_its_ranks(command, finished: Run, tmp_path: Path
 
 
 def test_export_merged_answers_like_the_adapter(command, finished: Run, tmp_path: Path) -> None:
+    done = command("export", str(finished.folder), "--rank", "999", "--out", str(tmp_path / "all"))
+    assert (
+        "at rank 999 in every module, or at the largest that its shape allows."
+        in (tmp_path / "all" / "README.md").read_text()
+    )
     done = command("export", str(finished.folder), "--merge", "--out", str(tmp_path / "m"))
+    assert "model shards" not in done.error
     assert done.code == 0, done.error
     ids = torch.tensor([[5, 80, 33, 200, 41, 7]])
     with torch.no_grad():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import method_oracles as oracle
 from flexlora import lowrank
 from flexlora.methods import get_method
+from flexlora.methods.flexlora import Deltas
 from flexlora.methods.slora import SUCCESSORS, budget, mask
 from flexlora.types import ClientRule, ClientUpdate, LowRank, Method, Sparse
 
@@ -127,6 +128,8 @@ def test_both_stages(then: str, levels: bool) -> None:
         moved = LowRank(y.B + torch.randn(y.B.shape, generator=g), y.A + torch.randn(y.A.shape, generator=g))
         updates.append(ClientUpdate(i, weights[i], {Q: moved}, sent=s))
     after = method.aggregate(state, updates)
+    if then == "flexlora":
+        assert isinstance(method.delta(after), Deltas)  # modules are made one by one
     got = lowrank.delta(method.delta(after)[Q]).double().numpy()
     clients = [
         oracle.Client(u.adapter[Q].B.double().numpy(), u.adapter[Q].A.double().numpy(), 1.0, u.weight)  # pyright: ignore[reportAttributeAccessIssue]
