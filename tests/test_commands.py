@@ -430,3 +430,15 @@ def test_ranks_that_fit_or_do_not_lead_on(command: Command, run: Run, memory: st
     code, said, _ = command("ranks", "--model", model, "--memory", memory, "--cutoff_len", "64")
     assert code == 0
     assert f"next: {then.format(model)}" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize("file", ["base.json", "env.json", "contents.json"])
+@pytest.mark.parametrize("text", ["[]", '{"a": ', "\x00"])
+def test_a_damaged_file_of_a_run_is_one_line(command: Command, run: Run, tmp_path: Path, file: str, text: str) -> None:
+    folder = Path(shutil.copytree(run.folder, tmp_path / "r"))
+    (folder / file).write_text(text)
+    words = ("resume", folder, "--rounds", "3") if file == "contents.json" else ("report", folder)
+    code, _, error = command(*words)
+    assert code == 2
+    assert error.startswith(f"flexlora: {folder / file}: cannot be read (")
+    assert error.count("\n") == 1

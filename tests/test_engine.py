@@ -15,16 +15,18 @@ from flexlora import lowrank, ranks, saved, wire
 from flexlora.checkpoint import checkpoint_folder, checkpoint_rounds, read_checkpoint, write_checkpoint
 from flexlora.collection import RoundLog
 from flexlora.config import Config
-from flexlora.engine import restore_adapter, run_rounds
+from flexlora.engine import restore_adapter, run_rounds, validate
 from flexlora.methods import get_method
 from flexlora.randomness import generator
 from flexlora.rundir import Run, create_run, read_metrics, with_rounds
+from flexlora.sampling import participants
 from flexlora.standing import Setup, Standing, first_standing, last_standing
 from flexlora.tables import outcome, rounds_table
 from flexlora.types import (
     ClientFailure,
     ClientInfo,
     ClientRule,
+    ClientScore,
     ClientUpdate,
     Download,
     FlexLoraError,
@@ -236,6 +238,25 @@ def test_changed_configuration_is_refused(tmp_path: Path) -> None:
     assert [line["round"] for line in more.metrics] == [1, 2, 3, 4, 5, 6]
     elsewhere = {"runner": "ray", "workers": 2, "ray_address": "auto", "worker_gpus": 0.5, "round_timeout": 9.0}
     assert len(play(tmp_path, NoisyRunner(), setup_of(tmp_path, rounds=7, **elsewhere)).metrics) == 7
+
+
+@pytest.mark.parametrize(("examples", "asked"), [(1, 1), (16, 2), (20, 2), (800, len(TABLE))])
+def test_validation_asks_as_many_clients_as_the_sample_needs(tmp_path: Path, examples: int, asked: int) -> None:
+    class Asked(NoisyRunner):
+        def evaluate(self, round: int, tasks: Any) -> Iterator[Any]:
+            for task in reversed(tasks):
+                yield ClientScore(task.client, 2.0 * task.client, 10 + task.client, 8)
+
+    class Blind(ListedLosses):
+        def validate(self, adapter: Any) -> Mapping[str, Any]:
+            return {}
+
+    setup = replace(setup_of(tmp_path, validation_examples=examples), scorer=Blind(()))
+    scores = validate(setup, Asked(), first_standing(setup), {})
+    clients = participants(sorted(TABLE), asked / len(TABLE), seed=setup.config.seed, round=0)
+    assert scores["clients"] == len(clients) == asked
+    assert scores["loss"] == sum(2.0 * c for c in clients) / sum(10 + c for c in clients)
+    assert scores["examples"] == 8 * asked
 
 
 def held(run: Run) -> tuple[list[int], bytes]:

@@ -252,5 +252,6 @@ def test_a_task_that_makes_no_sense_is_one_line(fact: str, value: Any) -> None:
     if fact == "mask_seed":  # only sparse stages look at it: any whole number will do
         wire.unpack_task(parcel._replace(facts=json.dumps(facts)))
         return
-    with pytest.raises(FlexLoraError, match="the task cannot be read"):
+    why = "q_proj cannot have" if fact == "shapes" else ""
+    with pytest.raises(FlexLoraError, match=f"the task cannot be read .*{why}"):
         wire.unpack_task(parcel._replace(facts=json.dumps(facts)))

@@ -201,9 +201,8 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
     rounds = checkpoint_rounds(run.checkpoints)
     shown = ", ".join(map(str, rounds)) or "none"
     played = len(run.metrics)
-    if (
-        played > 1 and not rounds and at != 0
-    ):  # a line comes before its checkpoint: one alone may be of a first round that was cut off
+    # A line comes before its checkpoint: one alone may be of a first round that was cut off.
+    if played > 1 and not rounds and at != 0:
         raise FlexLoraError(
             f"{run.checkpoints}: no checkpoint is left of {played} rounds; put them back, or start a new run"
         )
