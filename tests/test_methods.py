@@ -617,6 +617,7 @@ def test_an_entry_point_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
             return lambda: register("theirs", lambda: get_method("flexlora"), paper="", summary="someone else's")
 
     monkeypatch.setattr(base, "_entries", dict(_entries))
+    monkeypatch.setattr(base, "_plugins", set())
     monkeypatch.setattr(base, "_plugins_loaded", False)
     monkeypatch.setattr(base, "entry_points", lambda group: [Point] if group == "flexlora.methods" else [])
     assert methods.methods()[-1] == "theirs"
@@ -626,12 +627,17 @@ def test_an_entry_point_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_package_whose_method_cannot_be_loaded_is_named_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from flexlora.methods import base
 
-    def broken(self: EntryPoint) -> Any:
-        raise ImportError("no module named theirs")
+    def load(self: EntryPoint) -> Any:
+        if self.name == "x":
+            raise ImportError("no module named theirs")
+        return lambda: register("whole", lambda: get_method("flexlora"))
 
+    monkeypatch.setattr(base, "_entries", dict(_entries))
+    monkeypatch.setattr(base, "_plugins", set())
     monkeypatch.setattr(base, "_plugins_loaded", False)
-    monkeypatch.setattr(EntryPoint, "load", broken)
-    monkeypatch.setattr(base, "entry_points", lambda group: [EntryPoint("x", "theirs:add", group)])
+    monkeypatch.setattr(EntryPoint, "load", load)
+    points = [("w", "whole:add"), ("x", "theirs:add")]
+    monkeypatch.setattr(base, "entry_points", lambda group: [EntryPoint(*point, group) for point in points])
     for _ in range(2):
         with pytest.raises(FlexLoraError, match=r"theirs:add cannot be loaded \(ImportError: no module named theirs\)"):
             methods.methods()

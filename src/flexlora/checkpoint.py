@@ -179,9 +179,8 @@ def checkpoint_folder(checkpoints: Path, round: int) -> Path:
 
 def checkpoint_rounds(checkpoints: Path) -> list[int]:
     """Rounds that have a checkpoint folder, ascending; whether one is whole shows when it is read."""
-    there = (
-        checkpoints.iterdir() if checkpoints.is_dir() else ()
-    )  # not glob, which passes over a folder that it may not read
+    # Not by glob, which passes over a folder that it may not read.
+    there = checkpoints.iterdir() if checkpoints.is_dir() else ()
     rounds = [p.name.removeprefix("round-") for p in there if p.name.startswith("round-") and p.is_dir()]
     return sorted(int(r) for r in rounds if r.isdecimal())
 

@@ -98,7 +98,9 @@ class Standing:
         index = {tuple(kind.items()): i for i, kind in enumerate(kinds)}
         return {
             "config": setup.config.dump(),
-            **contents(setup),
+            "data": setup.data.fingerprint() if setup.data else None,
+            "base": setup.base,
+            "wording": setup.wording,
             "shapes": {module: list(shape) for module, shape in setup.shapes.items()},
             "kinds": [dict(kind) for kind in kinds],
             "table": [[client, index[tuple(r.items())]] for client, r in self.table.items()],
@@ -180,7 +182,7 @@ def start_from(setup: Setup, state: Any, start: Mapping[str, LowRank]) -> Any:
 WHERE = (
     "output_dir", "name", "resume_from", "cache_dir", "runner", "workers", "ray_address", "worker_gpus", "round_timeout"
 )  # fmt: skip
-"""Configuration keys that say where and how a run is played, and change none of its results."""
+"""Configuration keys that say where and how a run is played, not what comes of it."""
 FREE_TO_DIFFER = ("rounds", *WHERE)
 """Those that resume lets differ from the checkpoint's: `rounds` may grow."""
 

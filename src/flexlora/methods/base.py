@@ -57,6 +57,8 @@ def register(name: str, make: Callable[..., Method], *, paper: str = "", summary
 
 
 _plugins_loaded = False
+_plugins: set[str] = set()
+"""Entry points that are loaded."""
 
 
 def _load_plugins() -> None:
@@ -65,6 +67,8 @@ def _load_plugins() -> None:
     if not _plugins_loaded:
         _plugins_loaded = True  # first: what is loaded may ask for methods itself
         for point in entry_points(group=ENTRY_POINTS):
+            if repr(point) in _plugins:  # before one that failed
+                continue
             try:
                 loaded = point.load()
                 if callable(loaded):
@@ -76,6 +80,7 @@ def _load_plugins() -> None:
                     f"the method of package {point.dist.name if point.dist else point.value} cannot be loaded ({reason}); "
                     "mend or uninstall that package"
                 ) from error
+            _plugins.add(repr(point))
 
 
 def methods() -> tuple[str, ...]:
