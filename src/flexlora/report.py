@@ -84,7 +84,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "held-out loss": _change(before.get("loss"), got["loss"]),
         "validation loss": _change((base.get("validation") or {}).get("loss"), got["validation"]),
         "best round": f"{got['best']} of {got['rounds']}",
-        "clients that took part": str(len(clients)),
+        "clients trained": str(len(clients)),
         "traffic": megabytes(got["bytes"]),
         "time": duration(got["seconds"]),
     }
