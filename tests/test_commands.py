@@ -442,3 +442,14 @@ def test_a_damaged_file_of_a_run_is_one_line(command: Command, run: Run, tmp_pat
     assert code == 2
     assert error.startswith(f"flexlora: {folder / file}: cannot be read (")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["[]", '{"progress": []}', "[" * 5000])
+def test_a_damaged_checkpoint_is_one_line(command: Command, run: Run, tmp_path: Path, text: str) -> None:
+    folder = Path(shutil.copytree(run.folder, tmp_path / "r"))
+    path = folder / "checkpoints" / f"round-{run.best_round:04d}"
+    (path / "state.json").write_text(text)
+    code, said, error = command("inspect", folder)
+    assert (code, said) == (2, "")
+    assert error.startswith(f"flexlora: {path}: is damaged (")
+    assert error.count("\n") == 1

@@ -199,7 +199,7 @@ def test_the_second_stage_of_slora_is_the_one_that_was_said() -> None:
         ("? [a, b]\n: 1\n", "cannot be read as YAML"),
         ("rounds: true\n", "rounds: must be a number, not true or false"),
         ("dp_noise: true\n", "dp_noise: must be a number, not true or false"),
-        (f"max_examples: {10**400}\n", "max_examples: must be a number of at most 9007199254740992"),
+        (f"max_examples: {10**400}\n", "max_examples: must be a number of at most 9223372036854775807"),
         (f"warmup: {10**30}\n", "warmup: must be a number of at most"),
         ("dp_noise: 1e+200\n", "dp_noise: input should be less than or equal to 1000000"),
         (f"method: flexlora-carry\nmethod_options: {{eta: {10**400}}}\n", "eta is 10+, it must be a number"),
@@ -219,3 +219,7 @@ def test_merged_keys_may_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("method_options: &o {eta: 1.0}\nranks: {types: {<<: *o, a: 2}}\n")
     assert read_config(path)["ranks"]["types"] == {"eta": 1.0, "a": 2}
+
+
+def test_seeds_may_have_all_the_bits_that_numbers_have() -> None:
+    assert make_config({"seed": 2**63 - 1}).seed == 2**63 - 1

@@ -258,7 +258,7 @@ def test_a_damaged_or_hostile_word_about_an_adapter_is_one_line(
     shutil.copyfile(folder / "adapter_config.json", tmp_path / "secret.json")
     (folder / "flexlora.json").write_bytes(text.encode("latin-1"))
     if "max_new_tokens" in text:  # which generate has of its own
-        with pytest.raises(FlexLoraError, match=r"adapter/flexlora.json: cannot be used .*mend or remove it"):
+        with pytest.raises(FlexLoraError, match=r"adapter/flexlora.json: cannot be (read|used) .*mend or remove it"):
             open_trained(str(folder))
         return
     done = command("generate", folder, "--prompt", "x", "--max_new_tokens", 2)
@@ -421,7 +421,7 @@ def test_what_is_said_otherwise_is_not_asked_of_the_folder(tuned: Run, tmp_path:
     shutil.copytree(tuned.adapter, folder)
     path = folder / "flexlora.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "cutoff_len": 2**30}))
-    with pytest.raises(FlexLoraError, match=r"flexlora.json: cannot be used .*mend or remove it"):
+    with pytest.raises(FlexLoraError, match=r"flexlora.json: cannot be (read|used) .*mend or remove it"):
         open_trained(str(folder))
     assert open_trained(str(folder), {"cutoff_len": 512}).config.cutoff_len == 512
     # a run's own lengths stand in its configuration

@@ -20,8 +20,8 @@ from flexlora.types import SEVEN_PROJECTIONS, FlexLoraError, LocalTraining
 LEARNING_RATE = {"sgd": 0.5, "adamw": 1e-3}
 """Defaults by optimiser, from the sweep in docs/log.md; the release's 1e-6 learns nothing with LoRA."""
 
-MOST = 2**53
-"""The largest number that a key may have: up to it a float tells whole numbers apart."""
+MOST = 2**63 - 1
+"""The largest whole number that a key may have, as machines have them; seeds may be that large."""
 
 DECAY_AFTER = 15
 """With lr_decay, rounds after this one train at half the learning rate."""
@@ -201,7 +201,7 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """None may be a word, and true is no number; one of more digits than a float has is a slip."""
+        """None may be a word, true is no number, and a number that no machine word holds is a slip."""
         if isinstance(value, str) and value.lower() in ("none", "null"):
             return None
         wanted = cls.model_fields[info.field_name or ""].annotation

@@ -50,17 +50,17 @@ class Run:
     @property
     def base(self) -> dict[str, Any]:
         """Scores of the base model before any training: {"validation": …, "eval": …}; {} where they were not taken."""
-        return _read_object(self.folder / "base.json", "remove it, and `flexlora resume` scores the base model again")
+        return read_object(self.folder / "base.json", "remove it, and `flexlora resume` scores the base model again")
 
     @property
     def environment(self) -> dict[str, Any]:
         """What env.json says; {} where there is none."""
-        return _read_object(self.folder / "env.json", "mend or remove it")
+        return read_object(self.folder / "env.json", "mend or remove it")
 
     @property
     def contents(self) -> dict[str, Any]:
         """Fingerprints of what the run was made of when it began (`flexlora.standing.contents`); {} where there are none."""
-        return _read_object(self.folder / "contents.json", "put it back, or start a new run")
+        return read_object(self.folder / "contents.json", "put it back, or start a new run")
 
     @property
     def best_round(self) -> int | None:
@@ -108,7 +108,8 @@ def refuse_taken(folder: Path) -> None:
         )
 
 
-def _read_object(path: Path, remedy: str) -> dict[str, Any]:
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none. Raises FlexLoraError with the `remedy` where the file is damaged."""
     if not path.is_file():
         return {}
     try:

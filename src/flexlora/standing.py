@@ -251,13 +251,16 @@ def last_standing(setup: Setup, run: Run, notify: Notify, at: int | None = None)
 def contents(setup: Setup) -> dict[str, Any]:
     """Fingerprints of what a run is made of where its configuration has but a name or a path."""
     file = isinstance(setup.config.ranks, str) and Path(setup.config.ranks).is_file()
-    table = sorted((client, sorted(ranks.items())) for client, ranks in setup.table.items())
-    start = {m: b"".join(t.contiguous().numpy().tobytes() for t in x) for m, x in (setup.start or {}).items()}
+    table = sorted((client, sorted(mine.items())) for client, mine in setup.table.items())
+
+    def digest(x: LowRank) -> str:
+        return hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in x)).hexdigest()
+
     return {
         "base": setup.base,
         "wording": setup.wording,
         "ranks": hashlib.sha256(json.dumps(table).encode()).hexdigest() if file else None,
-        "start": {m: hashlib.sha256(x).hexdigest() for m, x in start.items()},
+        "start": {m: digest(x) for m, x in (setup.start or {}).items()},
         "data": setup.data.fingerprint() if setup.data else None,
     }
 

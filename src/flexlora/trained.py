@@ -20,7 +20,7 @@ from flexlora.evaluation import Scores
 from flexlora.launch import load, method_of, template_name
 from flexlora.modeling import Model, load_model
 from flexlora.prompts import Record, Template, encode_prompt, load_template, templates
-from flexlora.rundir import Run, open_run, write_text
+from flexlora.rundir import Run, open_run, read_object, write_text
 from flexlora.saved import ABOUT, CONFIG, TEMPLATE, load_adapter, save_adapter, save_merged
 from flexlora.scorer import ModelScorer
 from flexlora.standing import Standing, standing_of
@@ -121,21 +121,17 @@ def asked(folder: Path, wanted: Collection[str] = ASKED) -> dict[str, Any]:
 
     Raises FlexLoraError where that file is damaged.
     """
-    path = folder / ABOUT
-    if not path.is_file():
-        return {}
+    path, remedy = folder / ABOUT, "mend or remove it"
+    found = read_object(path, remedy)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it holds no object")
         said = {key: found[key] for key in ASKED if key in found and key in wanted}
         if said.get("prompt_template", TEMPLATE) not in (TEMPLATE, *templates()):
             raise ValueError(f"prompt_template is none of {', '.join(templates())}")
         if any(type(said.get(key, 1)) is not int or said.get(key, 1) > MOST_TOKENS for key in ASKED[1:]):
             raise ValueError("cutoff_len or max_new_tokens is no number of tokens")
         make_config(said)
-    except (OSError, ValueError, TypeError, RecursionError, FlexLoraError) as error:
-        raise FlexLoraError(f"{path}: cannot be used ({error}); mend or remove it") from None
+    except (ValueError, TypeError, FlexLoraError) as error:
+        raise FlexLoraError(f"{path}: cannot be used ({error}); {remedy}") from None
     if said.get("prompt_template") == TEMPLATE:
         said["prompt_template"] = str(folder / TEMPLATE)
     return said
