@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexlora import products
+from flexlora import processor, products
 from flexlora.processor import leaves_avx512_unused, made_by_intel
 from flexlora.products import gram, mm
 
@@ -218,6 +218,40 @@ def test_onednn_keeps_few_products_compiled_unless_told_otherwise() -> None:
         assert done.stdout.strip() == expected, done.stderr
 
 
+LOADED = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("processor", {processor.__file__!r})
+processor = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(processor)
+"""
+"""The module alone: the package would settle by this processor, and load torch."""
+
+HEAPS = """
+import ctypes, sys, threading
+from flexlora import processor
+processor._described = lambda: sys.argv[1]
+processor.settle()
+ready = threading.Barrier(4)
+def work():
+    kept = bytearray(5000)
+    ready.wait()
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+ctypes.CDLL(None).malloc_stats()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
+@pytest.mark.parametrize(("said", "heaps"), [("flags : avx2 avx512f", 1), ("flags : avx512_bf16", 2), ("", 1)])
+def test_threads_share_one_heap_or_two_where_bfloat16_is_fast(said: str, heaps: int) -> None:
+    code = HEAPS.replace("from flexlora import processor", LOADED)
+    done = subprocess.run([sys.executable, "-c", code, said], capture_output=True, text=True, check=True)
+    assert done.stderr.count("Arena ") == heaps
+
+
 FAULTS = """
 import resource, threading
 import flexlora
@@ -254,8 +288,10 @@ def test_freed_memory_stays_for_all_threads_until_it_is_given_back() -> None:
     assert given > 100  # of 160 MB
 
 
+@pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("rows", [1, products.FEW, products.FEW + 1])
-def test_few_rows_in_bfloat16_give_the_same_product(rows: int) -> None:
+def test_few_rows_in_bfloat16_give_the_same_product(rows: int, turns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_TURNS", turns)
     draw = torch.Generator().manual_seed(0)
     x, w = (torch.randn(n, 96, generator=draw).bfloat16() for n in (rows, 130))
     y = mm(x, w.T)

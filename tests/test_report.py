@@ -176,6 +176,12 @@ def test_a_run_that_diverged_is_left_out_of_means(runs: list[Run], tmp_path: Pat
     assert len(drawn["Training loss"]) == 1  # no band
 
 
+def test_a_line_alone_in_a_comparison_is_named(runs: list[Run]) -> None:
+    drawn = charts.comparison_charts({"flexlora": [runs[0]]})
+    assert [t["name"] for t in drawn[0].traces] == ["flexlora"]
+    assert all(chart.layout["showlegend"] for chart in drawn)  # left to itself, plotly names lines from two on
+
+
 def test_the_figures_are_valid_plotly(runs: list[Run]) -> None:
     go = pytest.importorskip("plotly.graph_objects")
     for figure in figures(run_page(runs[0])):

@@ -327,7 +327,7 @@ def cost_charts(run: Run) -> list[Chart]:
 
 
 def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
-    """Mean over the runs of each group by round, with a band of one standard deviation."""
+    """Mean over the runs of each group by round, with a band of one standard deviation; a line alone is named too."""
     read = {
         "Held-out ROUGE-L": ("ROUGE-L", lambda m: m["eval"].get("rougeL"), ("eval", "rougeL")),
         "Held-out loss": ("loss", lambda m: m["eval"].get("loss"), ("eval", "loss")),
@@ -353,7 +353,7 @@ def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
             traces += banded(name, points, i)
         # Shares and ROUGE-L end at 0, whatever mean minus deviation is.
         span = {"yaxis_rangemode": "normal" if unit == "loss" else "nonnegative"}
-        charts.append(Chart(title, note, traces, axes("round", unit, **span)))
+        charts.append(Chart(title, note, traces, axes("round", unit, showlegend=True, **span)))
     traces = []
     for i, (name, runs) in enumerate(groups.items()):
         x, y = [], []
@@ -367,7 +367,7 @@ def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
             y.append(None)
         traces.append(line(name, x, y, i, connectgaps=False))
     note = "One line a run, one point a round."
-    charts.append(Chart("Validation loss against traffic", note, traces, axes("MB so far", "loss")))
+    charts.append(Chart("Validation loss against traffic", note, traces, axes("MB so far", "loss", showlegend=True)))
     return drawn(charts)
 
 
