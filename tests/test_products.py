@@ -218,17 +218,12 @@ def test_onednn_keeps_few_products_compiled_unless_told_otherwise() -> None:
         assert done.stdout.strip() == expected, done.stderr
 
 
-LOADED = f"""
-import importlib.util
-spec = importlib.util.spec_from_file_location("processor", {processor.__file__!r})
+HEAPS = """
+import ctypes, importlib.util, sys, threading
+# The module alone: the package would settle by this processor, and load torch.
+spec = importlib.util.spec_from_file_location("processor", sys.argv[2])
 processor = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(processor)
-"""
-"""The module alone: the package would settle by this processor, and load torch."""
-
-HEAPS = """
-import ctypes, sys, threading
-from flexlora import processor
 processor._described = lambda: sys.argv[1]
 processor.settle()
 ready = threading.Barrier(4)
@@ -247,8 +242,8 @@ ctypes.CDLL(None).malloc_stats()
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's heap")
 @pytest.mark.parametrize(("said", "heaps"), [("flags : avx2 avx512f", 1), ("flags : avx512_bf16", 2), ("", 1)])
 def test_threads_share_one_heap_or_two_where_bfloat16_is_fast(said: str, heaps: int) -> None:
-    code = HEAPS.replace("from flexlora import processor", LOADED)
-    done = subprocess.run([sys.executable, "-c", code, said], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", HEAPS, said, str(processor.__file__)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stderr.count("Arena ") == heaps
 
 
