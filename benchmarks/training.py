@@ -171,9 +171,12 @@ def compare(
 ) -> None:
     wall: dict[str, list[float]] = {name: [] for name in steps}
     cpu: dict[str, list[float]] = {name: [] for name in steps}
+    rates: dict[str, list[float]] = {name: [] for name in models}  # in between: a machine's speed moves
     for repeat in range(repeats + 1):
         for batch in batches:
             losses = {}
+            for name, model in models.items():
+                rates[name].append(gemm_rate(batch, dtype_of(model)))
             for name, step in steps.items():
                 start, begin = time.perf_counter(), time.process_time()
                 losses[name] = step(batch)
@@ -200,7 +203,7 @@ def compare(
     for name, model in models.items():
         frozen = sum(d_out * d_in for d_out, d_in in model.shapes.values())
         head = model.network.get_output_embeddings().weight.numel()
-        rate, seconds = gemm_rate(batches[0], dtype_of(model)), total(cpu[name])
+        rate, seconds = statistics.median(rates[name]), total(cpu[name])
         floor = 4 * (frozen * tokens + head * labels)
         print(
             f"  floor {floor / 1e9:.0f} Gflop a batch; measured GEMM {rate / 1e9:.0f} Gflop per CPU second; "

@@ -294,6 +294,35 @@ def test_few_rows_in_bfloat16_give_the_same_product(rows: int, turns: bool, monk
     torch.testing.assert_close(y.double(), x.double() @ w.double().T, atol=0.15, rtol=0.008)
 
 
+TURNED = """
+import sys
+from flexlora import processor
+processor._described = lambda: sys.argv[1]
+import torch
+from flexlora import products
+from torch.utils._python_dispatch import TorchDispatchMode
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "mm" in function.__name__:
+            print(*(tuple(x.shape) for x in args))
+        return function(*args, **(kwargs or {}))
+with Watch():
+    products.mm(torch.ones(2, 8).bfloat16(), torch.ones(8, 3).bfloat16())
+"""
+
+
+@pytest.mark.parametrize(
+    ("said", "factors"),
+    [
+        ("vendor_id : GenuineIntel\nflags : amx_bf16", "(3, 8) (8, 2)"),
+        ("vendor_id : AuthenticAMD\nflags : avx512_bf16", "(2, 8) (8, 3)"),
+    ],
+)
+def test_few_rows_in_bfloat16_are_turned_round_where_that_is_faster(said: str, factors: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TURNED, said], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == factors
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library")
 def test_what_was_freed_between_tensors_that_live_is_used_again() -> None:
     """Half of them are freed, each between two that live: as many of the same size fit into their places."""

@@ -88,7 +88,7 @@ def perform(site: Site, parcel: Parcel) -> Parcel:
     try:
         task, training_settings, dtype = wire.unpack_task(parcel)
     except FlexLoraError as error:
-        return wire.pack_failure(ClientFailure(-1, one_line(error)))
+        return wire.pack_failure(ClientFailure(-1, reason(error)))
     if isinstance(task, TrainTask):
         answer = work(site, task, dtype)
         give_back()  # a process may wait long for its next task
@@ -112,7 +112,7 @@ def work(site: Site, task: TrainTask, dtype: torch.dtype) -> Parcel:
         update = training.train_client(site.model, replace(task, download=download), examples)
         keep(site, task, update.adapter)
     except FAILURES as error:
-        return wire.pack_failure(ClientFailure(task.client, (site.says or one_line)(error)))
+        return wire.pack_failure(ClientFailure(task.client, (site.says or reason)(error)))
     metrics = {**update.metrics, "seconds": time.perf_counter() - begin}
     return wire.pack_update(replace(update, metrics=metrics, round=task.round, base=base), rule, dtype)
 
@@ -155,13 +155,13 @@ def evaluate(site: Site, task: EvalTask, training_settings: LocalTraining) -> Cl
             train_on_inputs=training_settings.train_on_inputs,
         )
     except FAILURES as error:
-        return ClientFailure(task.client, (site.says or one_line)(error))
+        return ClientFailure(task.client, (site.says or reason)(error))
     finally:
         site.model.detach()
     return ClientScore(task.client, sum(result.sums), sum(result.tokens), len(examples))
 
 
-def one_line(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """An error's message on one line, with its kind where it is not meant for the user."""
     text = " ".join(str(error).split()) or "no message"
     return text if isinstance(error, FlexLoraError) else f"{type(error).__name__}: {text}"

@@ -410,7 +410,7 @@ def discreet(error: BaseException) -> str:
     from jinja2 import TemplateError
 
     if isinstance(error, FlexLoraError) and not isinstance(error.__cause__, TemplateError):
-        return client.one_line(error)
+        return client.reason(error)
     traceback.print_exception(error)
     return f"{type(error).__name__}; its site's log says more"
 
