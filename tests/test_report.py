@@ -19,7 +19,7 @@ from flexlora import charts, lowrank
 from flexlora.cli import main
 from flexlora.config import Config
 from flexlora.launch import run as launch
-from flexlora.report import duration, page, run_page, table, write_report
+from flexlora.report import comparison_page, duration, page, run_page, table, write_report
 from flexlora.rundir import Run, open_run
 from flexlora.spectrum import advised_ranks, beyond, by_kind, place, spectra
 from flexlora.trained import standing_at
@@ -180,6 +180,19 @@ def test_a_line_alone_in_a_comparison_is_named(runs: list[Run]) -> None:
     drawn = charts.comparison_charts({"flexlora": [runs[0]]})
     assert [t["name"] for t in drawn[0].traces] == ["flexlora"]
     assert all(chart.layout["showlegend"] for chart in drawn)  # left to itself, plotly names lines from two on
+
+
+def test_long_names_fit_the_legend_unless_they_would_be_alike(runs: list[Run]) -> None:
+    long, other = "flexlora random " + "rounds=3 " * 9, "fedavg homo"
+    (held, *_) = charts.comparison_charts({long: [runs[0]], other: [runs[0]]})
+    names = [t["name"] for t in held.traces]
+    assert names == [long[:59].rstrip() + "…", other]
+    (held, *_) = charts.comparison_charts({long: [runs[0]], long + "x=1": [runs[0]], other: [runs[0]]})
+    assert [t["name"] for t in held.traces] == [long, long + "x=1", other]
+
+
+def test_one_group_is_not_called_groups(runs: list[Run]) -> None:
+    assert "<h1>2 runs in 1 group</h1>" in comparison_page([runs[0], runs[0]])
 
 
 def test_the_figures_are_valid_plotly(runs: list[Run]) -> None:

@@ -6,7 +6,7 @@ import html
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ COLOURS = ("#3b82f6", "#f97316", "#10b981", "#a855f7", "#ef4444", "#06b6d4", "#e
 
 SHOWN_RANKS = 256
 """Longer spectra are drawn up to here."""
+WIDEST = 60
+"""Characters of a name for which a legend has room."""
 
 
 @dataclass(frozen=True)
@@ -328,6 +330,7 @@ def cost_charts(run: Run) -> list[Chart]:
 
 def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
     """Mean over the runs of each group by round, with a band of one standard deviation; a line alone is named too."""
+    groups = {fitted(name, groups): runs for name, runs in groups.items()}
     read = {
         "Held-out ROUGE-L": ("ROUGE-L", lambda m: m["eval"].get("rougeL"), ("eval", "rougeL")),
         "Held-out loss": ("loss", lambda m: m["eval"].get("loss"), ("eval", "loss")),
@@ -369,6 +372,13 @@ def comparison_charts(groups: Mapping[str, Sequence[Run]]) -> list[Chart]:
     note = "One line a run, one point a round."
     charts.append(Chart("Validation loss against traffic", note, traces, axes("MB so far", "loss", showlegend=True)))
     return drawn(charts)
+
+
+def fitted(name: str, names: Iterable[str]) -> str:
+    """A name as a legend has room for it; whole where another of the names begins alike."""
+    cut = name[: WIDEST - 1]
+    alone = sum(other.startswith(cut) for other in names) == 1
+    return f"{cut.rstrip()}…" if alone and len(name) > WIDEST else name
 
 
 def banded(name: str, points: Mapping[int, Sequence[float]], colour: int) -> list[dict[str, Any]]:

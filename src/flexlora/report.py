@@ -130,7 +130,7 @@ def comparison_page(runs: Sequence[Run]) -> str:
     )
     heads = ("run", "group", "seed", "best round", "ROUGE-L", "held-out loss", "validation loss")
     end = f"<h2>Runs</h2>{table(heads, single)}"
-    title = f"{len(runs)} runs in {len(groups)} groups"
+    title = f"{len(runs)} runs in {len(groups)} group{'s' * (len(groups) != 1)}"
     return page(title, "", above, {"By round": (charts.comparison_charts(groups), "")}, end)
 
 
